@@ -212,6 +212,28 @@ EPMOE_API epmoe_status epmoe_copy(void *dst, DLDevice dst_device, const void *sr
 EPMOE_API void epmoe_set_cpu_threads(int32_t count);
 EPMOE_API int32_t epmoe_cpu_threads(void);
 
+/* ---------------------------------------------------------------- parity */
+
+/* How far an op's result is from a reference's. A NaN equals a NaN of any payload; infinities must agree in sign. */
+typedef struct epmoe_metrics {
+  int64_t mismatched; /* elements whose bits differ from the reference's, rounded to the dtype of `actual` */
+  int64_t total;
+  double max_ulp; /* largest |actual - reference| in units in the last place, at the magnitude `scale` gives */
+  double max_abs;
+  double rel_l2;           /* |actual - oracle| / |oracle|, Euclidean norms over the finite part of the oracle */
+  double reference_rel_l2; /* the same of the reference, rounded */
+} epmoe_metrics;
+
+/* Compares CPU tensors of one element count: `actual` float32, float16 or bfloat16; `reference` of the same dtype or
+ * float64; `oracle` (the truth) and `scale` float64. `scale` is the magnitude at which an ulp is taken, e.g. the sum of
+ * the terms' absolute values, which cancellation does not shrink. */
+EPMOE_API epmoe_status epmoe_compare(const DLTensor *actual, const DLTensor *reference, const DLTensor *oracle,
+                                     const DLTensor *scale, epmoe_metrics *out);
+
+/* Fills a CPU tensor of float32, float16 or bfloat16 with bell-shaped values of mean 0 and deviation `scale`. Element i
+ * depends on the seed and on i alone, so the data is the same on every machine. */
+EPMOE_API epmoe_status epmoe_fill_normal(const DLTensor *tensor, uint64_t seed, double scale);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,181 @@
+#include "node/environment.h"
+
+#include <cmath>
+#include <set>
+
+#include "node/python.h"
+
+namespace epmoe::node {
+namespace {
+
+constexpr double kIndexSpan = 16777216.0;  // 2^24 tensors alive at once; the generation stands above
+
+}  // namespace
+
+Environment::Environment(Napi::Env env) : env(env) {
+  Napi::ArrayBuffer buffer = Napi::ArrayBuffer::New(env, sizeof(Frame));
+  frame = static_cast<Frame *>(buffer.Data());
+  frame_buffer = Napi::Persistent(buffer.As<Napi::ArrayBuffer>());
+}
+
+Environment::~Environment() {
+  {
+    const std::lock_guard<std::mutex> lock(outbox->mutex);
+    outbox->closed = true;
+  }
+  slots_.clear();
+}
+
+double Environment::insert(std::unique_ptr<TensorRecord> record) {
+  drain();
+  ++record->storage->views;
+  uint32_t index = 0;
+  if (free_.empty()) {
+    index = static_cast<uint32_t>(slots_.size());
+    if (index >= kIndexSpan) raise("ERR_OUT_OF_MEMORY", "", "", "fewer than 2^24 live tensors", "one more", "Dispose some");
+    slots_.emplace_back();
+  } else {
+    index = free_.back();
+    free_.pop_back();
+  }
+  slots_[index].record = std::move(record);
+  return slots_[index].generation * kIndexSpan + index;
+}
+
+TensorRecord *Environment::find(double handle) {
+  if (!(handle >= 0)) return nullptr;
+  const double generation = std::floor(handle / kIndexSpan);
+  const auto index = static_cast<size_t>(handle - generation * kIndexSpan);
+  if (index >= slots_.size() || slots_[index].generation != generation) return nullptr;
+  return slots_[index].record.get();
+}
+
+bool Environment::erase(double handle) {
+  TensorRecord *record = find(handle);
+  if (record == nullptr) return false;
+  const auto index = static_cast<uint32_t>(std::fmod(handle, kIndexSpan));
+  Storage &storage = *record->storage;
+  // The last tensor takes the ArrayBuffer over its memory with it: typed arrays on it become empty, not dangling.
+  if (--storage.views == 0 && storage.owner != Storage::Owner::kBuffer && storage.buffer != nullptr) {
+    napi_value buffer = nullptr;
+    napi_get_reference_value(env, storage.buffer, &buffer);
+    if (buffer != nullptr) napi_detach_arraybuffer(env, buffer);
+  }
+  slots_[index].record.reset();
+  // A slot whose generations are used up is retired rather than reused.
+  if (++slots_[index].generation < (1u << 28)) free_.push_back(index);
+  drain();
+  return true;
+}
+
+Environment::Count Environment::live(bool gpu) const {
+  Count count;
+  std::set<const Storage *> storages;
+  for (const Slot &slot : slots_) {
+    if (!slot.record || (slot.record->storage->device.device_type == kDLCUDA) != gpu) continue;
+    ++count.tensors;
+    if (storages.insert(slot.record->storage.get()).second) {
+      count.bytes += static_cast<int64_t>(slot.record->storage->nbytes);
+    }
+  }
+  return count;
+}
+
+void Environment::drain() {
+  std::vector<napi_ref> references;
+  int64_t bytes = 0;
+  {
+    const std::lock_guard<std::mutex> lock(outbox->mutex);
+    references.swap(outbox->references);
+    std::swap(bytes, outbox->external_bytes);
+  }
+  for (napi_ref reference : references) napi_delete_reference(env, reference);
+  int64_t total = 0;
+  if (bytes != 0) napi_adjust_external_memory(env, bytes, &total);
+}
+
+Napi::Object Environment::make_error(const char *code, const std::string &op, const std::string &argument,
+                                     const std::string &expected, const std::string &received,
+                                     const std::string &hint) {
+  const auto text = [this](const std::string &value) { return Napi::String::New(env, value); };
+  return error_maker.Call({text(code), text(op), text(argument), text(expected), text(received), text(hint)})
+      .As<Napi::Object>();
+}
+
+Napi::Object Environment::make_error(const epmoe_error &error) {
+  return make_error(epmoe_status_code(error.status), error.op, error.argument, error.expected, error.received,
+                    error.hint);
+}
+
+void Environment::raise(const char *argument) {
+  const epmoe_error *error = epmoe_last_error();
+  throw Napi::Error(env, make_error(epmoe_status_code(error->status), error->op, argument ? argument : error->argument,
+                                    error->expected, error->received, error->hint));
+}
+
+void Environment::raise(const char *code, const std::string &op, const std::string &argument,
+                        const std::string &expected, const std::string &received, const std::string &hint) {
+  throw Napi::Error(env, make_error(code, op, argument, expected, received, hint));
+}
+
+Storage::Storage(Environment &environment, Owner owner) : owner(owner), outbox_(environment.outbox) {}
+
+std::shared_ptr<Storage> Storage::allocate(Environment &environment, DLDevice device, size_t nbytes) {
+  void *data = nullptr;
+  environment.require(epmoe_alloc(device, nbytes, &data));
+  std::shared_ptr<Storage> storage(new Storage(environment, Owner::kLibrary));
+  storage->device = device;
+  storage->data = static_cast<char *>(data);
+  storage->nbytes = nbytes;
+  const std::lock_guard<std::mutex> lock(environment.outbox->mutex);
+  environment.outbox->external_bytes += static_cast<int64_t>(nbytes);
+  return storage;
+}
+
+std::shared_ptr<Storage> Storage::adopt(Environment &environment, DLManagedTensor *tensor) {
+  std::shared_ptr<Storage> storage(new Storage(environment, Owner::kManaged));
+  storage->managed_ = tensor;
+  return storage;
+}
+
+std::shared_ptr<Storage> Storage::adopt(Environment &environment, DLManagedTensorVersioned *tensor) {
+  std::shared_ptr<Storage> storage(new Storage(environment, Owner::kManagedVersioned));
+  storage->managed_ = tensor;
+  storage->read_only = (tensor->flags & DLPACK_FLAG_BITMASK_READ_ONLY) != 0;
+  return storage;
+}
+
+std::shared_ptr<Storage> Storage::borrow(Environment &environment, Napi::ArrayBuffer buffer) {
+  std::shared_ptr<Storage> storage(new Storage(environment, Owner::kBuffer));
+  storage->data = static_cast<char *>(buffer.Data());
+  storage->nbytes = buffer.ByteLength();
+  napi_create_reference(environment.env, buffer, 1, &storage->buffer);
+  return storage;
+}
+
+Storage::~Storage() {
+  switch (owner) {
+    case Owner::kLibrary:
+      epmoe_free(device, data);
+      break;
+    // After Python has finalised, its tensors are gone with it and their deleters must not run.
+    case Owner::kManaged:
+      if (auto *tensor = static_cast<DLManagedTensor *>(managed_); tensor->deleter && python_is_alive()) {
+        tensor->deleter(tensor);
+      }
+      break;
+    case Owner::kManagedVersioned:
+      if (auto *tensor = static_cast<DLManagedTensorVersioned *>(managed_); tensor->deleter && python_is_alive()) {
+        tensor->deleter(tensor);
+      }
+      break;
+    case Owner::kBuffer:
+      break;
+  }
+  const std::lock_guard<std::mutex> lock(outbox_->mutex);
+  if (outbox_->closed) return;
+  if (buffer != nullptr) outbox_->references.push_back(buffer);
+  if (owner == Owner::kLibrary) outbox_->external_bytes -= static_cast<int64_t>(nbytes);
+}
+
+}  // namespace epmoe::node

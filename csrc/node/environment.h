@@ -1,0 +1,117 @@
+// What the addon keeps for one Node environment (the main thread, or a worker).
+#pragma once
+
+#include <napi.h>
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "epmoe.h"
+
+namespace epmoe::node {
+
+constexpr int kMaxValues = 24;
+
+// One call's arguments, written by JavaScript into shared memory: cheaper than passing them one by one.
+struct Frame {
+  double word[kMaxValues + 1];   // handle, object address, number; the last one is the stream
+  int32_t kind[kMaxValues + 1];  // FrameKind; the last one is the stream mode
+};
+enum FrameKind { kNone = 0, kHandle, kObject, kInteger, kReal };
+
+class Environment;
+
+// Memory that one or more tensors view. Freed when the last tensor, ArrayBuffer and exported capsule let go.
+class Storage {
+ public:
+  enum class Owner { kLibrary, kManaged, kManagedVersioned, kBuffer };
+
+  static std::shared_ptr<Storage> allocate(Environment &environment, DLDevice device, size_t nbytes);
+  static std::shared_ptr<Storage> adopt(Environment &environment, DLManagedTensor *tensor);
+  static std::shared_ptr<Storage> adopt(Environment &environment, DLManagedTensorVersioned *tensor);
+  static std::shared_ptr<Storage> borrow(Environment &environment, Napi::ArrayBuffer buffer);
+  ~Storage();
+  Storage(const Storage &) = delete;
+  Storage &operator=(const Storage &) = delete;
+
+  Owner owner;
+  DLDevice device{kDLCPU, 0};
+  char *data = nullptr;
+  size_t nbytes = 0;
+  bool read_only = false;
+  int views = 0;                  // live tensors over this storage
+  napi_ref buffer = nullptr;      // kBuffer: strong, the JavaScript owner; otherwise weak, the view handed out
+
+ private:
+  Storage(Environment &environment, Owner owner);
+  std::shared_ptr<struct Outbox> outbox_;
+  void *managed_ = nullptr;
+};
+
+// Work that only the JavaScript thread may do, left there by whichever thread freed a storage.
+struct Outbox {
+  std::mutex mutex;
+  std::vector<napi_ref> references;
+  int64_t external_bytes = 0;
+  bool closed = false;  // the environment is gone, and its references with it
+};
+
+struct TensorRecord {
+  std::shared_ptr<Storage> storage;
+  std::vector<int64_t> shape, strides;
+  DLTensor dl{};
+  bool foreign = false;  // memory of the framework behind the exchange table
+};
+
+class Environment {
+ public:
+  explicit Environment(Napi::Env env);
+  ~Environment();
+  static Environment &of(Napi::Env env) { return *env.GetInstanceData<Environment>(); }
+
+  // Handles carry a generation, so that one kept after its tensor was disposed never reaches another tensor.
+  double insert(std::unique_ptr<TensorRecord> record);
+  TensorRecord *find(double handle);
+  bool erase(double handle);
+
+  void drain();
+  [[noreturn]] void raise(const char *argument = nullptr);  // throws the library's last error as an EpmoeError
+  [[noreturn]] void raise(const char *code, const std::string &op, const std::string &argument,
+                          const std::string &expected, const std::string &received, const std::string &hint);
+  Napi::Object make_error(const epmoe_error &error);
+  Napi::Object make_error(const char *code, const std::string &op, const std::string &argument,
+                          const std::string &expected, const std::string &received, const std::string &hint);
+  void require(epmoe_status status) {
+    if (status != EPMOE_OK) raise();
+  }
+
+  struct Count {
+    int64_t tensors = 0, bytes = 0;
+  };
+  Count live(bool gpu) const;
+
+  Napi::Env env;
+  Napi::FunctionReference error_maker;
+  Napi::Reference<Napi::ArrayBuffer> frame_buffer;
+  Frame *frame = nullptr;
+  std::shared_ptr<Outbox> outbox = std::make_shared<Outbox>();
+
+ private:
+  struct Slot {
+    uint32_t generation = 1;
+    std::unique_ptr<TensorRecord> record;
+  };
+  std::vector<Slot> slots_;
+  std::vector<uint32_t> free_;
+};
+
+void export_tensors(Napi::Env env, Napi::Object exports);
+void export_calls(Napi::Env env, Napi::Object exports);
+void export_streams(Napi::Env env, Napi::Object exports);
+void export_python(Napi::Env env, Napi::Object exports);
+void export_parity(Napi::Env env, Napi::Object exports);
+
+}  // namespace epmoe::node

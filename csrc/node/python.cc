@@ -1,0 +1,283 @@
+#include "node/python.h"
+
+#include <dlfcn.h>
+
+#include <cstring>
+#include <memory>
+
+#include "node/environment.h"
+#include "node/tensor.h"
+
+namespace epmoe::node {
+namespace {
+
+// One interpreter a process, so one table for all environments.
+struct Api {
+  int (*IsInitialized)() = nullptr;
+  int (*GILState_Ensure)() = nullptr;
+  void (*GILState_Release)(int) = nullptr;
+  void (*IncRef)(PyObject *) = nullptr;
+  void (*DecRef)(PyObject *) = nullptr;
+  PyObject *(*Object_Type)(PyObject *) = nullptr;
+  PyObject *(*Object_GetAttr)(PyObject *, PyObject *) = nullptr;
+  PyObject *(*Object_CallObject)(PyObject *, PyObject *) = nullptr;
+  int (*Object_IsTrue)(PyObject *) = nullptr;
+  int (*Type_IsSubtype)(PyObject *, PyObject *) = nullptr;
+  PyObject *(*Unicode_InternFromString)(const char *) = nullptr;
+  PyObject *(*Err_Occurred)() = nullptr;
+  void (*Err_Clear)() = nullptr;
+  void *(*Capsule_GetPointer)(PyObject *, const char *) = nullptr;
+  int (*Capsule_IsValid)(PyObject *, const char *) = nullptr;
+  int (*Capsule_SetName)(PyObject *, const char *) = nullptr;
+  PyObject *(*Capsule_New)(void *, const char *, void (*)(PyObject *)) = nullptr;
+  int (*List_Append)(PyObject *, PyObject *) = nullptr;
+
+  PyObject *tensor_type = nullptr;  // torch.Tensor
+  PyObject *inbox = nullptr;        // a list of the bridge's, by which new objects reach JavaScript
+  PyObject *names[6] = {};
+  const DLPackExchangeAPI *exchange = nullptr;
+};
+enum Name { kRequiresGrad, kIsNeg, kIsSparse, kIsQuantized, kIsMeta, kLayout };
+Api py;
+
+template <typename Function>
+bool resolve(Function &function, const char *name) {
+  function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
+  return function != nullptr;
+}
+
+const char *resolve_all() {
+  const auto missing = [](bool found, const char *name) { return found ? nullptr : name; };
+#define RESOLVE(name) \
+  if (const char *absent = missing(resolve(py.name, "Py_" #name) || resolve(py.name, "Py" #name), "Py" #name)) return absent
+  RESOLVE(IsInitialized);
+  RESOLVE(GILState_Ensure);
+  RESOLVE(GILState_Release);
+  RESOLVE(IncRef);
+  RESOLVE(DecRef);
+  RESOLVE(Object_Type);
+  RESOLVE(Object_GetAttr);
+  RESOLVE(Object_CallObject);
+  RESOLVE(Object_IsTrue);
+  RESOLVE(Type_IsSubtype);
+  RESOLVE(Unicode_InternFromString);
+  RESOLVE(Err_Occurred);
+  RESOLVE(Err_Clear);
+  RESOLVE(Capsule_GetPointer);
+  RESOLVE(Capsule_IsValid);
+  RESOLVE(Capsule_SetName);
+  RESOLVE(Capsule_New);
+  RESOLVE(List_Append);
+#undef RESOLVE
+  return nullptr;
+}
+
+PyObject *object_argument(const Napi::Value &value) {
+  return reinterpret_cast<PyObject *>(static_cast<uintptr_t>(value.As<Napi::Number>().DoubleValue()));
+}
+
+bool truth_of_attribute(PyObject *object, Name name) {
+  PyObject *value = py.Object_GetAttr(object, py.names[name]);
+  if (value == nullptr) {
+    py.Err_Clear();
+    return false;
+  }
+  const bool truth = py.Object_IsTrue(value) == 1;
+  py.DecRef(value);
+  return truth;
+}
+
+bool truth_of_method(PyObject *object, Name name) {
+  PyObject *method = py.Object_GetAttr(object, py.names[name]);
+  PyObject *value = method ? py.Object_CallObject(method, nullptr) : nullptr;
+  if (method) py.DecRef(method);
+  if (value == nullptr) {
+    py.Err_Clear();
+    return false;
+  }
+  const bool truth = py.Object_IsTrue(value) == 1;
+  py.DecRef(value);
+  return truth;
+}
+
+bool is_tensor(PyObject *object) {
+  PyObject *type = py.Object_Type(object);
+  const bool yes = type != nullptr && py.Type_IsSubtype(type, py.tensor_type) != 0;
+  if (type != nullptr) py.DecRef(type);
+  return yes;
+}
+
+// Called once the interpreter runs: (torch.Tensor, its exchange capsule or 0, the inbox), as addresses.
+void attach(const Napi::CallbackInfo &info) {
+  Environment &environment = Environment::of(info.Env());
+  if (const char *absent = resolve_all()) {
+    environment.raise("ERR_PYTHON", "", "libpython", "an interpreter loaded into the process with its symbols global",
+                      std::string("no symbol ") + absent, "Start Python with startPython()");
+  }
+  const Gil gil;
+  const char *texts[] = {"requires_grad", "is_neg", "is_sparse", "is_quantized", "is_meta", "layout"};
+  for (size_t i = 0; i < std::size(texts); ++i) py.names[i] = py.Unicode_InternFromString(texts[i]);
+  py.tensor_type = object_argument(info[0]);
+  py.inbox = object_argument(info[2]);
+  py.IncRef(py.tensor_type);
+  py.IncRef(py.inbox);
+  PyObject *capsule = object_argument(info[1]);
+  if (capsule == nullptr) return;
+  const auto *api = static_cast<const DLPackExchangeAPI *>(py.Capsule_GetPointer(capsule, "dlpack_exchange_api"));
+  py.Err_Clear();
+  if (api != nullptr && epmoe_set_exchange(api) == EPMOE_OK) py.exchange = api;
+}
+
+[[noreturn]] void raise_unsupported(Environment &environment, PyObject *object) {
+  clear_python_error();
+  environment.raise("ERR_UNSUPPORTED_TENSOR", "", "tensor", "a dense tensor with memory of its own",
+                    name_unsupported(object), "Make it dense, detached and contiguous first");
+}
+
+// (address of a torch.Tensor) by the exchange table.
+Napi::Value from_object(const Napi::CallbackInfo &info) {
+  Environment &environment = Environment::of(info.Env());
+  const Gil gil;
+  PyObject *object = object_argument(info[0]);
+  if (const char *reason = refuse_object(object)) {
+    environment.raise(is_tensor(object) ? "ERR_UNSUPPORTED_TENSOR" : "ERR_NOT_A_TENSOR", "", "tensor",
+                      "a dense torch.Tensor that does not require grad", reason, "Detach it, or make it dense, first");
+  }
+  DLManagedTensorVersioned *managed = nullptr;
+  if (py.exchange->managed_tensor_from_py_object_no_sync(object, &managed) != 0) raise_unsupported(environment, object);
+  auto storage = Storage::adopt(environment, managed);
+  return describe(environment, environment.insert(make_record(std::move(storage), managed->dl_tensor)));
+}
+
+// (address of a DLPack capsule): takes the tensor over, as the protocol asks of a consumer.
+Napi::Value from_capsule(const Napi::CallbackInfo &info) {
+  Environment &environment = Environment::of(info.Env());
+  const Gil gil;
+  PyObject *capsule = object_argument(info[0]);
+  if (py.Capsule_IsValid(capsule, "dltensor_versioned")) {
+    auto *managed = static_cast<DLManagedTensorVersioned *>(py.Capsule_GetPointer(capsule, "dltensor_versioned"));
+    if (managed->version.major != DLPACK_ABI_MAJOR) {
+      environment.raise("ERR_UNSUPPORTED_TENSOR", "", "tensor", "DLPack 1", "another major version", "Update epmoe");
+    }
+    py.Capsule_SetName(capsule, "used_dltensor_versioned");
+    auto storage = Storage::adopt(environment, managed);
+    return describe(environment, environment.insert(make_record(std::move(storage), managed->dl_tensor)));
+  }
+  if (py.Capsule_IsValid(capsule, "dltensor")) {
+    auto *managed = static_cast<DLManagedTensor *>(py.Capsule_GetPointer(capsule, "dltensor"));
+    py.Capsule_SetName(capsule, "used_dltensor");
+    auto storage = Storage::adopt(environment, managed);
+    return describe(environment, environment.insert(make_record(std::move(storage), managed->dl_tensor)));
+  }
+  py.Err_Clear();
+  environment.raise("ERR_NOT_A_TENSOR", "", "tensor", "a fresh DLPack capsule", "something else, or a used capsule",
+                    "Take a new one from __dlpack__()");
+}
+
+// An exported tensor keeps the storage alive for as long as its consumer does.
+struct Exported {
+  std::shared_ptr<Storage> storage;
+  std::vector<int64_t> shape, strides;
+};
+
+template <typename Managed>
+Managed *export_tensor(const TensorRecord &record) {
+  auto *exported = new Exported{record.storage, record.shape, record.strides};
+  auto *managed = new Managed{};
+  managed->dl_tensor = record.dl;
+  managed->dl_tensor.shape = exported->shape.data();
+  managed->dl_tensor.strides = exported->strides.data();
+  managed->manager_ctx = exported;
+  managed->deleter = [](Managed *self) {
+    delete static_cast<Exported *>(self->manager_ctx);
+    delete self;
+  };
+  return managed;
+}
+
+DLManagedTensorVersioned *export_versioned(const TensorRecord &record) {
+  auto *managed = export_tensor<DLManagedTensorVersioned>(record);
+  managed->version = {DLPACK_ABI_MAJOR, 0};
+  managed->flags = record.storage->read_only ? DLPACK_FLAG_BITMASK_READ_ONLY : 0;
+  return managed;
+}
+
+void put_in_inbox(PyObject *object) {
+  py.List_Append(py.inbox, object);
+  py.DecRef(object);
+}
+
+// (handle): leaves a torch.Tensor over the same memory in the inbox, by the exchange table.
+void to_object(const Napi::CallbackInfo &info) {
+  Environment &environment = Environment::of(info.Env());
+  const Gil gil;
+  DLManagedTensorVersioned *managed = export_versioned(require_tensor(info, 0));
+  void *object = nullptr;
+  if (py.exchange->managed_tensor_to_py_object_no_sync(managed, &object) != 0) {
+    clear_python_error();
+    environment.raise("ERR_UNSUPPORTED_TENSOR", "", "tensor", "a tensor that torch can view", "one that it refuses",
+                      "Copy it to a supported device or dtype first");
+  }
+  put_in_inbox(object);
+}
+
+// (handle): leaves an unversioned DLPack capsule in the inbox, which every consumer understands.
+void to_capsule(const Napi::CallbackInfo &info) {
+  const TensorRecord &record = require_tensor(info, 0);
+  const Gil gil;
+  auto *managed = export_tensor<DLManagedTensor>(record);
+  put_in_inbox(py.Capsule_New(managed, "dltensor", [](PyObject *capsule) {
+    // A consumer renames the capsule it takes; one that nobody took still owns its tensor.
+    if (!py.Capsule_IsValid(capsule, "dltensor")) return;
+    auto *unused = static_cast<DLManagedTensor *>(py.Capsule_GetPointer(capsule, "dltensor"));
+    unused->deleter(unused);
+  }));
+}
+
+}  // namespace
+
+bool python_is_alive() { return py.IsInitialized != nullptr && py.IsInitialized() != 0; }
+
+Gil::Gil(bool take) : held_(take && python_is_alive()) {
+  if (held_) state_ = py.GILState_Ensure();
+}
+
+Gil::~Gil() {
+  if (held_) py.GILState_Release(state_);
+}
+
+const char *refuse_object(PyObject *object) {
+  if (py.tensor_type == nullptr || !is_tensor(object)) return "a Python object of another type";
+  if (truth_of_attribute(object, kRequiresGrad)) return "a tensor that requires grad";
+  if (truth_of_method(object, kIsNeg)) return "a tensor with its negative bit set";
+  return nullptr;
+}
+
+bool clear_python_error() {
+  if (py.Err_Occurred == nullptr || py.Err_Occurred() == nullptr) return false;
+  py.Err_Clear();
+  return true;
+}
+
+const char *name_unsupported(PyObject *object) {
+  if (truth_of_attribute(object, kIsSparse)) return "a sparse tensor";
+  if (truth_of_attribute(object, kIsQuantized)) return "a quantised tensor";
+  if (truth_of_attribute(object, kIsMeta)) return "a meta tensor, which has no memory";
+  return "a tensor whose layout or dtype DLPack cannot describe";
+}
+
+bool has_exchange() { return py.exchange != nullptr; }
+
+void export_python(Napi::Env env, Napi::Object exports) {
+  Napi::Object python = Napi::Object::New(env);
+  python["attach"] = Napi::Function::New(env, attach);
+  python["hasExchange"] = Napi::Function::New(
+      env, [](const Napi::CallbackInfo &info) -> Napi::Value { return Napi::Boolean::New(info.Env(), has_exchange()); });
+  python["fromObject"] = Napi::Function::New(env, from_object);
+  python["fromCapsule"] = Napi::Function::New(env, from_capsule);
+  python["toObject"] = Napi::Function::New(env, to_object);
+  python["toCapsule"] = Napi::Function::New(env, to_capsule);
+  exports["python"] = python;
+}
+
+}  // namespace epmoe::node

@@ -1,0 +1,38 @@
+// CPython as seen from the addon: a few functions of its stable ABI, found by name in the interpreter that pymport has
+// loaded. The addon neither links against Python nor includes its headers.
+#pragma once
+
+#include "epmoe.h"
+
+namespace epmoe::node {
+
+using PyObject = void;  // opaque here
+
+// True between attaching to an interpreter and its finalisation.
+bool python_is_alive();
+
+// Holds the GIL for its lifetime; does nothing when Python is not attached.
+class Gil {
+ public:
+  explicit Gil(bool take = true);
+  ~Gil();
+  Gil(const Gil &) = delete;
+  Gil &operator=(const Gil &) = delete;
+
+ private:
+  bool held_;
+  int state_ = 0;
+};
+
+// Why the Python object is no tensor an op can take, or nullptr when it is one. The GIL must be held.
+const char *refuse_object(PyObject *object);
+
+// Clears Python's pending error; true when there was one. The GIL must be held.
+bool clear_python_error();
+
+// What makes `object` impossible to export ("a sparse tensor"), found after an export failed. The GIL must be held.
+const char *name_unsupported(PyObject *object);
+
+bool has_exchange();
+
+}  // namespace epmoe::node

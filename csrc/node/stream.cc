@@ -1,0 +1,115 @@
+// Devices and streams. A stream crosses as its address, which a JavaScript number holds exactly.
+#include "node/environment.h"
+#include "node/python.h"
+
+namespace epmoe::node {
+namespace {
+
+int32_t device_argument(const Napi::CallbackInfo &info) { return info[0].As<Napi::Number>().Int32Value(); }
+
+void *stream_argument(const Napi::CallbackInfo &info) {
+  return reinterpret_cast<void *>(static_cast<uintptr_t>(info[1].As<Napi::Number>().DoubleValue()));
+}
+
+Napi::Value address(Napi::Env env, void *stream) {
+  return Napi::Number::New(env, static_cast<double>(reinterpret_cast<uintptr_t>(stream)));
+}
+
+template <epmoe_status (*function)(int32_t, void **)>
+Napi::Value give_stream(const Napi::CallbackInfo &info) {
+  Environment &environment = Environment::of(info.Env());
+  void *stream = nullptr;
+  const Gil gil;  // the framework's current stream is asked for under its lock
+  environment.require(function(device_argument(info), &stream));
+  return address(info.Env(), stream);
+}
+
+// Waits on a thread of libuv's pool, so that the event loop goes on.
+class Wait : public Napi::AsyncWorker {
+ public:
+  Wait(Napi::Env env, int32_t device, void *stream)
+      : Napi::AsyncWorker(env), deferred_(Napi::Promise::Deferred::New(env)), device_(device), stream_(stream) {}
+  Napi::Promise promise() const { return deferred_.Promise(); }
+
+  void Execute() override {
+    status_ = epmoe_stream_synchronize(device_, stream_);
+    if (status_ == EPMOE_OK) return;
+    const epmoe_error *error = epmoe_last_error();  // of this thread: copied before it goes back to the pool
+    op_ = error->op;
+    argument_ = error->argument;
+    expected_ = error->expected;
+    received_ = error->received;
+    hint_ = error->hint;
+  }
+  void OnOK() override {
+    if (status_ == EPMOE_OK) return deferred_.Resolve(Env().Undefined());
+    deferred_.Reject(Environment::of(Env()).make_error(epmoe_status_code(status_), op_, argument_, expected_, received_,
+                                                       hint_));
+  }
+
+ private:
+  Napi::Promise::Deferred deferred_;
+  int32_t device_;
+  void *stream_;
+  epmoe_status status_ = EPMOE_OK;
+  std::string op_, argument_, expected_, received_, hint_;
+};
+
+Napi::Value synchronize(const Napi::CallbackInfo &info) {
+  auto *wait = new Wait(info.Env(), device_argument(info), stream_argument(info));
+  const Napi::Promise promise = wait->promise();
+  wait->Queue();
+  return promise;
+}
+
+void synchronize_sync(const Napi::CallbackInfo &info) {
+  Environment::of(info.Env()).require(epmoe_stream_synchronize(device_argument(info), stream_argument(info)));
+}
+
+void destroy(const Napi::CallbackInfo &info) {
+  Environment::of(info.Env()).require(epmoe_stream_destroy(device_argument(info), stream_argument(info)));
+}
+
+Napi::Value facts(const Napi::CallbackInfo &info) {
+  Napi::Env env = info.Env();
+  epmoe_device_facts facts;
+  Environment::of(env).require(epmoe_device_query(device_argument(info), &facts));
+  const auto number = [&](double value) { return Napi::Number::New(env, value); };
+  Napi::Object result = Napi::Object::New(env);
+  result["name"] = Napi::String::New(env, facts.name);
+  result["computeCapability"] = Napi::String::New(env, std::to_string(facts.cc_major) + "." + std::to_string(facts.cc_minor));
+  result["smCount"] = number(facts.sm_count);
+  result["l2Bytes"] = number(static_cast<double>(facts.l2_bytes));
+  result["totalBytes"] = number(static_cast<double>(facts.total_bytes));
+  result["driverVersion"] = number(facts.driver_version);
+  result["runtimeVersion"] = number(facts.runtime_version);
+  return result;
+}
+
+}  // namespace
+
+void export_streams(Napi::Env env, Napi::Object exports) {
+  Napi::Object stream = Napi::Object::New(env);
+  stream["create"] = Napi::Function::New(env, give_stream<epmoe_stream_create>);
+  stream["own"] = Napi::Function::New(env, give_stream<epmoe_stream_own>);
+  stream["foreign"] = Napi::Function::New(env, give_stream<epmoe_stream_foreign>);
+  stream["destroy"] = Napi::Function::New(env, destroy);
+  stream["synchronize"] = Napi::Function::New(env, synchronize);
+  stream["synchronizeSync"] = Napi::Function::New(env, synchronize_sync);
+  exports["stream"] = stream;
+  Napi::Object device = Napi::Object::New(env);
+  device["cudaCompiled"] = Napi::Boolean::New(env, epmoe_cuda_compiled() != 0);
+  device["cudaCount"] = Napi::Function::New(env, [](const Napi::CallbackInfo &info) -> Napi::Value {
+    return Napi::Number::New(info.Env(), epmoe_cuda_device_count());
+  });
+  device["facts"] = Napi::Function::New(env, facts);
+  device["setCpuThreads"] = Napi::Function::New(env, [](const Napi::CallbackInfo &info) {
+    epmoe_set_cpu_threads(info[0].As<Napi::Number>().Int32Value());
+  });
+  device["cpuThreads"] = Napi::Function::New(env, [](const Napi::CallbackInfo &info) -> Napi::Value {
+    return Napi::Number::New(info.Env(), epmoe_cpu_threads());
+  });
+  exports["device"] = device;
+}
+
+}  // namespace epmoe::node

@@ -1,0 +1,165 @@
+// What CUDA kernels of this library share: element types, 16-byte vectors with cache hints, index loads, launching.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "core/cuda.h"
+#include "core/op.h"
+
+namespace epmoe::gpu {
+
+// Arithmetic of one activation dtype. `widen`/`narrow` convert to and from float32. Two 16-bit elements share a register
+// as `Pair`, and `fma` rounds each lane once to the dtype.
+template <typename T>
+struct Element;
+
+template <>
+struct Element<float> {
+  using Pair = float;
+  static __device__ float widen(float x) { return x; }
+  static __device__ float narrow(float x) { return x; }
+  static __device__ float mul(float a, float b) { return __fmul_rn(a, b); }
+  static __device__ float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+  static __device__ Pair broadcast(float x) { return x; }
+};
+
+template <>
+struct Element<__half> {
+  using Pair = __half2;
+  static __device__ float widen(__half x) { return __half2float(x); }
+  static __device__ __half narrow(float x) { return __float2half_rn(x); }
+  static __device__ float2 widen(__half2 x) { return __half22float2(x); }
+  static __device__ __half2 narrow(float2 x) { return __float22half2_rn(x); }
+  static __device__ __half mul(__half a, __half b) { return __hmul_rn(a, b); }
+  static __device__ __half fma(__half a, __half b, __half c) { return __hfma(a, b, c); }
+  static __device__ __half2 fma(__half2 a, __half2 b, __half2 c) { return __hfma2(a, b, c); }
+  static __device__ Pair broadcast(__half x) { return __half2half2(x); }
+};
+
+template <>
+struct Element<__nv_bfloat16> {
+  using Pair = __nv_bfloat162;
+  static __device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+  static __device__ __nv_bfloat16 narrow(float x) { return __float2bfloat16_rn(x); }
+  static __device__ float2 widen(__nv_bfloat162 x) { return __bfloat1622float2(x); }
+  static __device__ __nv_bfloat162 narrow(float2 x) { return __float22bfloat162_rn(x); }
+  static __device__ __nv_bfloat16 mul(__nv_bfloat16 a, __nv_bfloat16 b) { return __hmul_rn(a, b); }
+  static __device__ __nv_bfloat16 fma(__nv_bfloat16 a, __nv_bfloat16 b, __nv_bfloat16 c) { return __hfma(a, b, c); }
+  static __device__ __nv_bfloat162 fma(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) { return __hfma2(a, b, c); }
+  static __device__ Pair broadcast(__nv_bfloat16 x) { return __bfloat162bfloat162(x); }
+};
+
+// N elements moved by one instruction: 16 bytes where alignment allows (N = 16 / sizeof(T)), one element otherwise.
+template <typename T, int N>
+struct Vector {
+  uint32_t word[4];
+
+  __device__ void widen(float (&out)[N]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        out[i] = __uint_as_float(word[i]);
+      } else {
+        const float2 pair = Element<T>::widen(as_pair(i));
+        out[2 * i] = pair.x;
+        out[2 * i + 1] = pair.y;
+      }
+    }
+  }
+  __device__ void narrow(const float (&in)[N]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(T) == 4) word[i] = __float_as_uint(in[i]);
+      else set_pair(i, Element<T>::narrow(make_float2(in[2 * i], in[2 * i + 1])));
+    }
+  }
+  // this += row * weight, each lane rounded once to T.
+  __device__ void add_rounded(const Vector &row, T weight) {
+    const Pair factor = Element<T>::broadcast(weight);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) set_pair(i, Element<T>::fma(row.as_pair(i), factor, as_pair(i)));
+  }
+
+ private:
+  using Pair = typename Element<T>::Pair;
+  __device__ Pair as_pair(int i) const {
+    Pair pair;
+    memcpy(&pair, &word[i], 4);
+    return pair;
+  }
+  __device__ void set_pair(int i, Pair pair) { memcpy(&word[i], &pair, 4); }
+};
+
+template <typename T>
+struct Vector<T, 1> {
+  T value;
+  __device__ void widen(float (&out)[1]) const { out[0] = Element<T>::widen(value); }
+  __device__ void narrow(const float (&in)[1]) { value = Element<T>::narrow(in[0]); }
+  __device__ void add_rounded(const Vector &row, T weight) { value = Element<T>::fma(row.value, weight, value); }
+};
+
+// How a kernel treats the caches. kStreaming: data larger than L2, each byte used once, so it should displace nothing.
+// kCached: the rows may still sit in L2 from the GEMM that wrote them, and the output will be read soon.
+enum class CachePolicy { kCached, kStreaming };
+
+template <CachePolicy kPolicy, typename T, int N>
+__device__ __forceinline__ Vector<T, N> load(const T *source) {
+  Vector<T, N> vector;
+  if constexpr (N == 1) {
+    vector.value = *source;
+  } else if constexpr (kPolicy == CachePolicy::kStreaming) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(vector.word[0]), "=r"(vector.word[1]), "=r"(vector.word[2]), "=r"(vector.word[3])
+                 : "l"(source));
+  } else {
+    const uint4 bits = __ldg(reinterpret_cast<const uint4 *>(source));
+    vector = {{bits.x, bits.y, bits.z, bits.w}};
+  }
+  return vector;
+}
+
+template <CachePolicy kPolicy, typename T, int N>
+__device__ __forceinline__ void store(T *destination, const Vector<T, N> &vector) {
+  if constexpr (N == 1) {
+    *destination = vector.value;
+  } else {
+    const uint4 bits = make_uint4(vector.word[0], vector.word[1], vector.word[2], vector.word[3]);
+    if constexpr (kPolicy == CachePolicy::kStreaming) __stcs(reinterpret_cast<uint4 *>(destination), bits);
+    else *reinterpret_cast<uint4 *>(destination) = bits;
+  }
+}
+
+// An int32 or int64 index; the branch is uniform, and cheaper than a kernel for each combination.
+__device__ __forceinline__ int64_t load_index(const void *data, bool is_int64, int64_t i) {
+  return is_int64 ? __ldg(static_cast<const long long *>(data) + i) : __ldg(static_cast<const int *>(data) + i);
+}
+
+// Reports an index that was skipped; the first offender wins, later ones are dropped.
+static __device__ __forceinline__ void report_index(cuda::StatusWord *word, int32_t op_index, int32_t param, int64_t token,
+                                                 int64_t slot, int64_t value, int64_t begin, int64_t end) {
+  if (atomicCAS(&word->claim, 0ull, 1ull) != 0ull) return;
+  word->op_index = op_index;
+  word->param = param;
+  word->token = token;
+  word->slot = slot;
+  word->value = value;
+  word->begin = begin;
+  word->end = end;
+  __threadfence_system();
+}
+
+inline bool aligned16(const void *pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+template <typename Kernel, typename Arguments>
+void launch(Kernel kernel, dim3 grid, dim3 block, void *stream, const Arguments &arguments) {
+  void *parameters[] = {const_cast<Arguments *>(&arguments)};
+  cuda::expect_success(cudaLaunchKernel(reinterpret_cast<const void *>(kernel), grid, block, parameters, 0,
+                                        static_cast<cudaStream_t>(stream)),
+                       "launching a kernel");
+}
+
+}  // namespace epmoe::gpu

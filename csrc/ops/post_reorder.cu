@@ -1,0 +1,210 @@
+// post_reorder on CUDA. One thread sums one 16-byte column group of one token over all its slots; a warp's lanes resolve
+// the slots together (one slot each) and hand rows and weights around by shuffles, so that all row loads of a token are
+// in flight before the first fma.
+#include "ops/post_reorder.h"
+
+#include <algorithm>
+
+#include "ops/common.cuh"
+
+namespace epmoe::post_reorder {
+namespace {
+
+using gpu::CachePolicy;
+using gpu::Element;
+using gpu::Vector;
+
+struct Arguments {
+  const void *down_output;
+  void *output;
+  const void *src2dst;
+  const void *topk_ids;  // nullptr: a slot is local when src2dst is not negative
+  const void *topk_weights;
+  cuda::StatusWord *status;
+  int64_t tokens, hidden, topk;
+  int64_t start_expert_id, end_expert_id, dst_start;
+  uint32_t rows;
+  float factor;
+  int32_t op_index;
+  bool src2dst_int64, topk_ids_int64, weights_float32;
+};
+
+template <typename T>
+__device__ float load_weight(const Arguments &a, int64_t flat) {
+  if (a.weights_float32) return __ldg(static_cast<const float *>(a.topk_weights) + flat);
+  return Element<T>::widen(static_cast<const T *>(a.topk_weights)[flat]);
+}
+
+struct Slot {
+  uint32_t row;
+  float weight;
+};
+
+template <typename T>
+__device__ Slot resolve_slot(const Arguments &a, int64_t token, int64_t k) {
+  const int64_t flat = token * a.topk + k;
+  const int64_t destination = gpu::load_index(a.src2dst, a.src2dst_int64, flat);
+  const float weight = load_weight<T>(a, flat);
+  bool local = destination >= 0;
+  if (a.topk_ids != nullptr) {
+    const int64_t id = gpu::load_index(a.topk_ids, a.topk_ids_int64, flat);
+    local = id >= a.start_expert_id && id <= a.end_expert_id;
+  }
+  if (!local) return {kNoRow, 0.0f};
+  const uint64_t row = static_cast<uint64_t>(destination) - static_cast<uint64_t>(a.dst_start);
+  if (row >= a.rows) {
+    gpu::report_index(a.status, a.op_index, kSrc2dst, token, k, destination, a.dst_start, a.dst_start + a.rows);
+    return {kNoRow, 0.0f};
+  }
+  return {static_cast<uint32_t>(row), weight};
+}
+
+// The running sum of one column group: float32, or the activation dtype with one rounding a slot as in the original.
+template <typename T, int N, Numerics kNumerics>
+struct Accumulator {
+  float lane[N] = {};
+  __device__ void add(const Vector<T, N> &row, float weight, float) {
+    float x[N];
+    row.widen(x);
+#pragma unroll
+    for (int i = 0; i < N; ++i) lane[i] = __fmaf_rn(x[i], weight, lane[i]);
+  }
+  __device__ Vector<T, N> result(float factor) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) lane[i] *= factor;
+    Vector<T, N> out;
+    out.narrow(lane);
+    return out;
+  }
+};
+
+template <typename T, int N>
+struct Accumulator<T, N, kTriton> {
+  Vector<T, N> sum = {};
+  __device__ void add(const Vector<T, N> &row, float weight, float factor) {
+    T rounded = Element<T>::narrow(weight);
+    if (factor != 1.0f) rounded = Element<T>::mul(rounded, Element<T>::narrow(factor));
+    sum.add_rounded(row, rounded);
+  }
+  __device__ Vector<T, N> result(float) const { return sum; }
+};
+
+constexpr int kMaxThreads = 128;
+
+// Grid: x covers the column groups of a row, y the tokens (and strides when there are more than y may count).
+template <typename T, int N, int kSlots, Numerics kNumerics, CachePolicy kPolicy>
+__global__ void __launch_bounds__(kMaxThreads) kernel(const Arguments a) {
+  const unsigned lane = threadIdx.x % 32;
+  const int64_t column = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
+  const bool inside = column < a.hidden;
+  const T *rows = static_cast<const T *>(a.down_output) + column;
+  for (int64_t token = blockIdx.y; token < a.tokens; token += gridDim.y) {
+    Accumulator<T, N, kNumerics> sum;
+#pragma unroll 1
+    for (int64_t first = 0; first < a.topk; first += kSlots) {
+      Slot mine{kNoRow, 0.0f};
+      if (lane < kSlots && first + lane < a.topk) mine = resolve_slot<T>(a, token, first + lane);
+      Vector<T, N> data[kSlots];
+      uint32_t row[kSlots];
+#pragma unroll
+      for (int k = 0; k < kSlots; ++k) {
+        row[k] = __shfl_sync(0xffffffffu, mine.row, k);
+        if (inside && row[k] != kNoRow) data[k] = gpu::load<kPolicy, T, N>(rows + row[k] * a.hidden);
+      }
+#pragma unroll
+      for (int k = 0; k < kSlots; ++k) {
+        const float weight = __shfl_sync(0xffffffffu, mine.weight, k);
+        if (row[k] != kNoRow) sum.add(data[k], weight, a.factor);
+      }
+    }
+    if (inside) {
+      gpu::store<kPolicy, T, N>(static_cast<T *>(a.output) + token * a.hidden + column, sum.result(a.factor));
+    }
+  }
+}
+
+using Kernel = void (*)(Arguments);
+
+template <typename T, int N, Numerics kNumerics, CachePolicy kPolicy>
+Kernel for_slots(int64_t topk) {
+  if (topk == 1) return kernel<T, N, 1, kNumerics, kPolicy>;
+  if (topk == 2) return kernel<T, N, 2, kNumerics, kPolicy>;
+  if (topk <= 4) return kernel<T, N, 4, kNumerics, kPolicy>;
+  return kernel<T, N, 8, kNumerics, kPolicy>;
+}
+
+template <typename T>
+Kernel choose(int64_t topk, Numerics numerics, bool vectors, bool streaming) {
+  constexpr int kLanes = 16 / sizeof(T);
+  // In float32 the original's arithmetic is the default's, unless a factor is folded into the weights.
+  if (numerics == kTriton) {
+    if (!vectors) return for_slots<T, 1, kTriton, CachePolicy::kCached>(topk);
+    return streaming ? for_slots<T, kLanes, kTriton, CachePolicy::kStreaming>(topk)
+                     : for_slots<T, kLanes, kTriton, CachePolicy::kCached>(topk);
+  }
+  if (!vectors) return for_slots<T, 1, kFp32, CachePolicy::kCached>(topk);
+  return streaming ? for_slots<T, kLanes, kFp32, CachePolicy::kStreaming>(topk)
+                   : for_slots<T, kLanes, kFp32, CachePolicy::kCached>(topk);
+}
+
+Kernel choose(int32_t dtype, int64_t topk, Numerics numerics, bool vectors, bool streaming) {
+  switch (dtype) {
+    case EPMOE_FLOAT32: return choose<float>(topk, numerics, vectors, streaming);
+    case EPMOE_FLOAT16: return choose<__half>(topk, numerics, vectors, streaming);
+    default: return choose<__nv_bfloat16>(topk, numerics, vectors, streaming);
+  }
+}
+
+// The block size, a multiple of a warp, that leaves the fewest threads without columns.
+int threads_for(int64_t groups) {
+  int best = kMaxThreads;
+  int64_t least = INT64_MAX;
+  for (const int threads : {128, 96, 64}) {
+    const int64_t padded = (groups + threads - 1) / threads * threads;
+    if (padded < least) {
+      least = padded;
+      best = threads;
+    }
+  }
+  return best;
+}
+
+void run_cuda(const Call &call) {
+  const Problem p = problem_of(call);
+  const int32_t device = call.device.device_id;
+  Arguments a{};
+  a.down_output = call.data<const void>(kDownOutput);
+  a.output = call.data<void>(kOutput);
+  a.src2dst = call.data<const void>(kSrc2dst);
+  a.topk_ids = call.data<const void>(kTopkIds);
+  a.topk_weights = call.data<const void>(kTopkWeights);
+  a.status = cuda::status_word(device);
+  a.tokens = p.tokens;
+  a.hidden = p.hidden;
+  a.topk = p.topk;
+  a.start_expert_id = p.start_expert_id;
+  a.end_expert_id = p.end_expert_id;
+  a.dst_start = p.dst_start;
+  a.rows = static_cast<uint32_t>(p.rows);
+  a.factor = p.factor;
+  a.op_index = call.entry->index;
+  a.src2dst_int64 = call.dtypes[kSrc2dst] == EPMOE_INT64;
+  a.topk_ids_int64 = call.present[kTopkIds] && call.dtypes[kTopkIds] == EPMOE_INT64;
+  a.weights_float32 = call.dtypes[kTopkWeights] == EPMOE_FLOAT32;
+
+  const int64_t item = itemsize(call.dtypes[kDownOutput]);
+  const bool vectors =
+      p.hidden * item % 16 == 0 && gpu::aligned16(a.down_output) && gpu::aligned16(a.output);
+  const int64_t groups = vectors ? p.hidden * item / 16 : p.hidden;
+  const bool streaming = p.tokens * (p.topk + 1) * p.hidden * item > cuda::facts(device).l2_bytes;
+  const int threads = threads_for(groups);
+  const dim3 grid(static_cast<unsigned>((groups + threads - 1) / threads),
+                  static_cast<unsigned>(std::min<int64_t>(p.tokens, 65535)));
+  gpu::launch(choose(call.dtypes[kDownOutput], p.topk, p.numerics, vectors, streaming), grid,
+              dim3(static_cast<unsigned>(threads)), call.stream, a);
+}
+
+const RegisterCuda kRegistered("post_reorder", run_cuda);
+
+}  // namespace
+}  // namespace epmoe::post_reorder
