@@ -209,6 +209,20 @@ extern "C" epmoe_status epmoe_stream_foreign(int32_t device_id, void **out) {
   return guarded([&] { *out = epmoe::foreign_stream(device_id); });
 }
 
+extern "C" epmoe_status epmoe_stream_wait(int32_t device_id, void *stream, void *awaited) {
+  return guarded([&] {
+    if (stream == awaited) return;
+    const DeviceGuard guard(device_id);
+    cudaEvent_t event = nullptr;
+    expect_success(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
+    const int recorded = cudaEventRecord(event, static_cast<cudaStream_t>(awaited));
+    const int waited = recorded == cudaSuccess ? cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), event, 0) : 0;
+    cudaEventDestroy(event);  // released by CUDA once it has been reached
+    expect_success(recorded, "recording an event");
+    expect_success(waited, "waiting for an event");
+  });
+}
+
 extern "C" epmoe_status epmoe_stream_synchronize(int32_t device_id, void *stream) {
   return guarded([&] {
     epmoe::cuda::device(device_id);

@@ -196,6 +196,8 @@ EPMOE_API epmoe_status epmoe_stream_destroy(int32_t device_id, void *stream);
 EPMOE_API epmoe_status epmoe_stream_own(int32_t device_id, void **out);
 /* The framework's current stream there; EPMOE_ERR_VALUE without an exchange table. */
 EPMOE_API epmoe_status epmoe_stream_foreign(int32_t device_id, void **out);
+/* Makes work launched on `stream` from now on wait for what `awaited` holds now. Blocks nobody. */
+EPMOE_API epmoe_status epmoe_stream_wait(int32_t device_id, void *stream, void *awaited);
 /* Waits for the stream, then behaves as epmoe_check(). Blocks the calling thread. */
 EPMOE_API epmoe_status epmoe_stream_synchronize(int32_t device_id, void *stream);
 /* Takes the first index error that kernels finished so far on this device have reported, if any, and clears it. */

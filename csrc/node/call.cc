@@ -10,46 +10,77 @@ namespace {
   environment.raise(code, op.name, op.params[index].name, "a tensor", received, hint);
 }
 
-// (op index): runs the op on the frame's values.
-Napi::Value invoke(const Napi::CallbackInfo &info) {
-  Environment &environment = Environment::of(info.Env());
-  const Frame &frame = *environment.frame;
-  const epmoe_op_info *op = epmoe_op_at(info[0].As<Napi::Number>().Int32Value());
-  if (op == nullptr || op->n_params > kMaxValues) {
-    environment.raise("ERR_UNKNOWN_OP", "", "", "an op of this library", "an index past its table", "");
+void read_object(Environment &environment, const epmoe_op_info &op, int32_t index, double address, DLTensor *out) {
+  auto *object = reinterpret_cast<PyObject *>(static_cast<uintptr_t>(address));
+  if (const Refusal refusal = refuse_object(object); refusal.code != nullptr) {
+    raise_argument(environment, op, index, refusal.code, refusal.received, refusal.hint);
   }
-  epmoe_value values[kMaxValues];
-  bool objects = false;
-  for (int32_t i = 0; i < op->n_params; ++i) objects |= frame.kind[i] == kObject;
-  // Held across the call: the library reads the objects while it checks, and launching does not wait for anything.
-  // CPU ops on torch tensors hold it as well, like torch's own bindings would not; see the threads note in epmoe.h.
-  const Gil gil(objects);
-  for (int32_t i = 0; i < op->n_params; ++i) {
-    epmoe_value &value = values[i];
+  if (!read_tensor(object, out)) {
+    raise_argument(environment, op, index, "ERR_UNSUPPORTED_TENSOR", name_unsupported(object),
+                   "Make it a dense tensor with memory of its own first");
+  }
+}
+
+// One call's tensors: those of handles, and descriptions of Python's.
+class Arguments {
+ public:
+  Arguments(Environment &environment, const epmoe_op_info &op) : environment_(environment), op_(op) {
+    const Frame &frame = *environment.frame;
+    read_objects(frame);
+    for (int32_t i = 0; i < op.n_params; ++i) take(frame, i);
+  }
+
+  // Runs the op on the stream asked for, or else torch's current stream when a tensor is torch's, or else our own.
+  // Tensors that were last used on another stream are waited for.
+  epmoe_status run() {
+    const Frame &frame = *environment_.frame;
+    void *stream = reinterpret_cast<void *>(static_cast<uintptr_t>(frame.word[kMaxValues]));
+    if (gpu_ >= 0) {
+      if (frame.kind[kMaxValues] != EPMOE_STREAM_GIVEN) {
+        environment_.require(foreign_ ? epmoe_stream_foreign(gpu_, &stream) : epmoe_stream_own(gpu_, &stream));
+      }
+      for (int32_t i = 0; i < op_.n_params; ++i) {
+        if (records_[i] != nullptr && records_[i]->dl.device.device_type == kDLCUDA) {
+          environment_.follow(*records_[i], stream);
+        }
+      }
+    }
+    return epmoe_invoke(&op_, values_, op_.n_params, EPMOE_STREAM_GIVEN, stream);
+  }
+
+ private:
+  // The GIL is held while Python's tensors are read, and no longer: a CPU op may run for a while.
+  void read_objects(const Frame &frame) {
+    bool any = false;
+    for (int32_t i = 0; i < op_.n_params; ++i) any |= frame.kind[i] == kObject;
+    if (!any) return;
+    const Gil gil;
+    for (int32_t i = 0; i < op_.n_params; ++i) {
+      if (frame.kind[i] == kObject) read_object(environment_, op_, i, frame.word[i], &borrowed_[i]);
+    }
+  }
+
+  void take(const Frame &frame, int32_t i) {
+    epmoe_value &value = values_[i];
+    records_[i] = nullptr;
     switch (frame.kind[i]) {
-      case kHandle: {
-        const TensorRecord *record = environment.find(frame.word[i]);
-        if (record == nullptr) {
-          raise_argument(environment, *op, i, "ERR_DISPOSED", "a disposed one", "Keep it until its last use");
+      case kHandle:
+        records_[i] = environment_.find(frame.word[i]);
+        if (records_[i] == nullptr) {
+          raise_argument(environment_, op_, i, "ERR_DISPOSED", "a disposed one", "Keep it until its last use");
         }
-        if (record->storage->read_only && op->params[i].role == EPMOE_ROLE_OUT) {
-          raise_argument(environment, *op, i, "ERR_READ_ONLY", "a read-only one", "Give the op an output it may write");
+        if (records_[i]->storage->read_only && op_.params[i].role == EPMOE_ROLE_OUT) {
+          raise_argument(environment_, op_, i, "ERR_READ_ONLY", "a read-only one", "Give the op an output it may write");
         }
-        value.kind = record->foreign ? EPMOE_VALUE_FOREIGN : EPMOE_VALUE_TENSOR;
-        value.as.tensor = &record->dl;
+        value.kind = EPMOE_VALUE_TENSOR;
+        value.as.tensor = &records_[i]->dl;
+        note(records_[i]->dl, records_[i]->foreign);
         break;
-      }
-      case kObject: {
-        auto *object = reinterpret_cast<PyObject *>(static_cast<uintptr_t>(frame.word[i]));
-        if (const char *reason = refuse_object(object)) {
-          const bool tensor = reason[2] == 't';
-          raise_argument(environment, *op, i, tensor ? "ERR_UNSUPPORTED_TENSOR" : "ERR_NOT_A_TENSOR", reason,
-                         tensor ? "Call detach() or resolve_neg() on it first" : "Pass a torch.Tensor or an epmoe Tensor");
-        }
-        value.kind = EPMOE_VALUE_OBJECT;
-        value.as.object = object;
+      case kObject:
+        value.kind = EPMOE_VALUE_TENSOR;
+        value.as.tensor = &borrowed_[i];
+        note(borrowed_[i], true);
         break;
-      }
       case kInteger:
         value.kind = EPMOE_VALUE_INT;
         value.as.i = static_cast<int64_t>(frame.word[i]);
@@ -62,18 +93,31 @@ Napi::Value invoke(const Napi::CallbackInfo &info) {
         value.kind = EPMOE_VALUE_NONE;
     }
   }
-  auto *stream = reinterpret_cast<void *>(static_cast<uintptr_t>(frame.word[kMaxValues]));
-  const epmoe_status status = epmoe_invoke(op, values, op->n_params, frame.kind[kMaxValues], stream);
-  if (status == EPMOE_OK) return info.Env().Undefined();
-  if (objects && clear_python_error()) {
-    const epmoe_error *error = epmoe_last_error();
-    for (int32_t i = 0; i < op->n_params; ++i) {
-      if (std::string(op->params[i].name) != error->argument || frame.kind[i] != kObject) continue;
-      raise_argument(environment, *op, i, "ERR_UNSUPPORTED_TENSOR", name_unsupported(values[i].as.object),
-                     "Make it a dense tensor with memory of its own first");
-    }
+
+  void note(const DLTensor &tensor, bool foreign) {
+    if (tensor.device.device_type != kDLCUDA) return;
+    if (gpu_ < 0) gpu_ = tensor.device.device_id;
+    foreign_ |= foreign && has_exchange();
   }
-  environment.raise();
+
+  Environment &environment_;
+  const epmoe_op_info &op_;
+  epmoe_value values_[kMaxValues];
+  DLTensor borrowed_[kMaxValues];
+  TensorRecord *records_[kMaxValues];
+  int32_t gpu_ = -1;
+  bool foreign_ = false;
+};
+
+// (op index): runs the op on the frame's values.
+Napi::Value invoke(const Napi::CallbackInfo &info) {
+  Environment &environment = Environment::of(info.Env());
+  const epmoe_op_info *op = epmoe_op_at(info[0].As<Napi::Number>().Int32Value());
+  if (op == nullptr || op->n_params > kMaxValues) {
+    environment.raise("ERR_UNKNOWN_OP", "", "", "an op of this library", "an index past its table", "");
+  }
+  environment.require(Arguments(environment, *op).run());
+  return info.Env().Undefined();
 }
 
 // Everything a code generator or a help text needs to know.

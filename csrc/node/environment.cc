@@ -68,6 +68,30 @@ bool Environment::erase(double handle) {
   return true;
 }
 
+void Environment::follow(TensorRecord &record, void *stream) {
+  if (record.stream_known && record.stream != stream) {
+    require(epmoe_stream_wait(record.dl.device.device_id, stream, record.stream));
+  }
+  record.stream = stream;
+  record.stream_known = true;
+}
+
+void *Environment::home_stream(const TensorRecord &record) {
+  if (record.stream_known) return record.stream;
+  void *stream = nullptr;
+  const int32_t device_id = record.dl.device.device_id;
+  require(record.foreign && has_exchange() ? epmoe_stream_foreign(device_id, &stream)
+                                           : epmoe_stream_own(device_id, &stream));
+  return stream;
+}
+
+void Environment::forget_stream(int32_t device_id, void *stream) {
+  require(epmoe_stream_synchronize(device_id, stream));
+  for (Slot &slot : slots_) {
+    if (slot.record && slot.record->stream_known && slot.record->stream == stream) slot.record->stream_known = false;
+  }
+}
+
 Environment::Count Environment::live(bool gpu) const {
   Count count;
   std::set<const Storage *> storages;

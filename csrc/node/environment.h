@@ -64,6 +64,10 @@ struct TensorRecord {
   std::vector<int64_t> shape, strides;
   DLTensor dl{};
   bool foreign = false;  // memory of the framework behind the exchange table
+  // The stream of the last work on this tensor. Work on another stream waits for it first, so a tensor may wander
+  // between epmoe's streams and the framework's without anybody having to think of it.
+  void *stream = nullptr;
+  bool stream_known = false;
 };
 
 class Environment {
@@ -76,6 +80,13 @@ class Environment {
   double insert(std::unique_ptr<TensorRecord> record);
   TensorRecord *find(double handle);
   bool erase(double handle);
+
+  // `stream` waits for earlier work on the tensor, and becomes the stream of its latest work. CUDA tensors only.
+  void follow(TensorRecord &record, void *stream);
+  // The stream that work on this tensor belongs to when nobody says otherwise.
+  void *home_stream(const TensorRecord &record);
+  // Called before a stream is destroyed: waits for it, and forgets it in every tensor.
+  void forget_stream(int32_t device_id, void *stream);
 
   void drain();
   [[noreturn]] void raise(const char *argument = nullptr);  // throws the library's last error as an EpmoeError

@@ -24,7 +24,6 @@ struct Api {
   int (*Object_IsTrue)(PyObject *) = nullptr;
   int (*Type_IsSubtype)(PyObject *, PyObject *) = nullptr;
   PyObject *(*Unicode_InternFromString)(const char *) = nullptr;
-  PyObject *(*Err_Occurred)() = nullptr;
   void (*Err_Clear)() = nullptr;
   void *(*Capsule_GetPointer)(PyObject *, const char *) = nullptr;
   int (*Capsule_IsValid)(PyObject *, const char *) = nullptr;
@@ -61,7 +60,6 @@ const char *resolve_all() {
   RESOLVE(Object_IsTrue);
   RESOLVE(Type_IsSubtype);
   RESOLVE(Unicode_InternFromString);
-  RESOLVE(Err_Occurred);
   RESOLVE(Err_Clear);
   RESOLVE(Capsule_GetPointer);
   RESOLVE(Capsule_IsValid);
@@ -129,9 +127,20 @@ void attach(const Napi::CallbackInfo &info) {
 }
 
 [[noreturn]] void raise_unsupported(Environment &environment, PyObject *object) {
-  clear_python_error();
+  py.Err_Clear();
   environment.raise("ERR_UNSUPPORTED_TENSOR", "", "tensor", "a dense tensor with memory of its own",
                     name_unsupported(object), "Make it dense, detached and contiguous first");
+}
+
+// Work that produced the tensor was launched on the framework's current stream; later work must follow it.
+template <typename Managed>
+Napi::Value adopt(Environment &environment, Managed *managed) {
+  auto record = make_record(Storage::adopt(environment, managed), managed->dl_tensor);
+  if (record->dl.device.device_type == kDLCUDA && has_exchange()) {
+    record->stream = environment.home_stream(*record);
+    record->stream_known = true;
+  }
+  return describe(environment, environment.insert(std::move(record)));
 }
 
 // (address of a torch.Tensor) by the exchange table.
@@ -139,14 +148,12 @@ Napi::Value from_object(const Napi::CallbackInfo &info) {
   Environment &environment = Environment::of(info.Env());
   const Gil gil;
   PyObject *object = object_argument(info[0]);
-  if (const char *reason = refuse_object(object)) {
-    environment.raise(is_tensor(object) ? "ERR_UNSUPPORTED_TENSOR" : "ERR_NOT_A_TENSOR", "", "tensor",
-                      "a dense torch.Tensor that does not require grad", reason, "Detach it, or make it dense, first");
+  if (const Refusal refusal = refuse_object(object); refusal.code != nullptr) {
+    environment.raise(refusal.code, "", "tensor", "a dense torch.Tensor", refusal.received, refusal.hint);
   }
   DLManagedTensorVersioned *managed = nullptr;
   if (py.exchange->managed_tensor_from_py_object_no_sync(object, &managed) != 0) raise_unsupported(environment, object);
-  auto storage = Storage::adopt(environment, managed);
-  return describe(environment, environment.insert(make_record(std::move(storage), managed->dl_tensor)));
+  return adopt(environment, managed);
 }
 
 // (address of a DLPack capsule): takes the tensor over, as the protocol asks of a consumer.
@@ -160,14 +167,12 @@ Napi::Value from_capsule(const Napi::CallbackInfo &info) {
       environment.raise("ERR_UNSUPPORTED_TENSOR", "", "tensor", "DLPack 1", "another major version", "Update epmoe");
     }
     py.Capsule_SetName(capsule, "used_dltensor_versioned");
-    auto storage = Storage::adopt(environment, managed);
-    return describe(environment, environment.insert(make_record(std::move(storage), managed->dl_tensor)));
+    return adopt(environment, managed);
   }
   if (py.Capsule_IsValid(capsule, "dltensor")) {
     auto *managed = static_cast<DLManagedTensor *>(py.Capsule_GetPointer(capsule, "dltensor"));
     py.Capsule_SetName(capsule, "used_dltensor");
-    auto storage = Storage::adopt(environment, managed);
-    return describe(environment, environment.insert(make_record(std::move(storage), managed->dl_tensor)));
+    return adopt(environment, managed);
   }
   py.Err_Clear();
   environment.raise("ERR_NOT_A_TENSOR", "", "tensor", "a fresh DLPack capsule", "something else, or a used capsule",
@@ -211,10 +216,16 @@ void put_in_inbox(PyObject *object) {
 void to_object(const Napi::CallbackInfo &info) {
   Environment &environment = Environment::of(info.Env());
   const Gil gil;
-  DLManagedTensorVersioned *managed = export_versioned(require_tensor(info, 0));
+  TensorRecord &record = require_tensor(info, 0);
+  if (record.dl.device.device_type == kDLCUDA) {
+    void *current = nullptr;
+    environment.require(epmoe_stream_foreign(record.dl.device.device_id, &current));
+    environment.follow(record, current);
+  }
+  DLManagedTensorVersioned *managed = export_versioned(record);
   void *object = nullptr;
   if (py.exchange->managed_tensor_to_py_object_no_sync(managed, &object) != 0) {
-    clear_python_error();
+    py.Err_Clear();
     environment.raise("ERR_UNSUPPORTED_TENSOR", "", "tensor", "a tensor that torch can view", "one that it refuses",
                       "Copy it to a supported device or dtype first");
   }
@@ -246,17 +257,17 @@ Gil::~Gil() {
   if (held_) py.GILState_Release(state_);
 }
 
-const char *refuse_object(PyObject *object) {
-  if (py.tensor_type == nullptr || !is_tensor(object)) return "a Python object of another type";
-  if (truth_of_attribute(object, kRequiresGrad)) return "a tensor that requires grad";
-  if (truth_of_method(object, kIsNeg)) return "a tensor with its negative bit set";
-  return nullptr;
-}
-
-bool clear_python_error() {
-  if (py.Err_Occurred == nullptr || py.Err_Occurred() == nullptr) return false;
-  py.Err_Clear();
-  return true;
+Refusal refuse_object(PyObject *object) {
+  if (py.tensor_type == nullptr || !is_tensor(object)) {
+    return {"ERR_NOT_A_TENSOR", "a Python object of another type", "Pass a torch.Tensor or an epmoe Tensor"};
+  }
+  if (truth_of_attribute(object, kRequiresGrad)) {
+    return {"ERR_UNSUPPORTED_TENSOR", "a tensor that requires grad", "Call detach() on it first"};
+  }
+  if (truth_of_method(object, kIsNeg)) {
+    return {"ERR_UNSUPPORTED_TENSOR", "a tensor with its negative bit set", "Call resolve_neg() on it first"};
+  }
+  return {};
 }
 
 const char *name_unsupported(PyObject *object) {
@@ -267,6 +278,12 @@ const char *name_unsupported(PyObject *object) {
 }
 
 bool has_exchange() { return py.exchange != nullptr; }
+
+bool read_tensor(PyObject *object, DLTensor *out) {
+  if (py.exchange != nullptr && py.exchange->dltensor_from_py_object_no_sync(object, out) == 0) return true;
+  py.Err_Clear();
+  return false;
+}
 
 void export_python(Napi::Env env, Napi::Object exports) {
   Napi::Object python = Napi::Object::New(env);

@@ -24,11 +24,18 @@ class Gil {
   int state_ = 0;
 };
 
-// Why the Python object is no tensor an op can take, or nullptr when it is one. The GIL must be held.
-const char *refuse_object(PyObject *object);
+// Why a Python object is no tensor an op can take; `code` is nullptr when it is one.
+struct Refusal {
+  const char *code = nullptr;
+  const char *received = "";
+  const char *hint = "";
+};
+// The GIL must be held.
+Refusal refuse_object(PyObject *object);
 
-// Clears Python's pending error; true when there was one. The GIL must be held.
-bool clear_python_error();
+// Describes a tensor object without taking it over: valid while the object lives and nobody resizes it. False when its
+// framework cannot describe it; Python's error is cleared. The GIL must be held.
+bool read_tensor(PyObject *object, DLTensor *out);
 
 // What makes `object` impossible to export ("a sparse tensor"), found after an export failed. The GIL must be held.
 const char *name_unsupported(PyObject *object);

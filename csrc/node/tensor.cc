@@ -64,6 +64,8 @@ Napi::Value view(const Napi::CallbackInfo &info) {
                info[1].As<Napi::Number>().Int64Value() * (base.dl.dtype.bits / 8);
   auto record = make_record(base.storage, data, dtype_argument(info[3]).dl, shape_argument(info[2]));
   record->foreign = base.foreign;
+  record->stream = base.stream;
+  record->stream_known = base.stream_known;
   return describe(environment, environment.insert(std::move(record)));
 }
 
@@ -98,16 +100,23 @@ Napi::Value buffer(const Napi::CallbackInfo &info) {
   return result;
 }
 
-// (destination, source, stream address): both contiguous and of one size. Host-only copies are done on return.
-void copy(const Napi::CallbackInfo &info) {
+// (destination, source): both contiguous and of one size. Copies that touch the GPU go on the stream of the source's, or
+// else the destination's, latest work, which is returned as an address.
+Napi::Value copy(const Napi::CallbackInfo &info) {
   Environment &environment = Environment::of(info.Env());
-  const TensorRecord &destination = require_tensor(info, 0);
-  const TensorRecord &source = require_tensor(info, 1);
+  TensorRecord &destination = require_tensor(info, 0);
+  TensorRecord &source = require_tensor(info, 1);
+  const bool to_gpu = destination.dl.device.device_type == kDLCUDA;
+  const bool from_gpu = source.dl.device.device_type == kDLCUDA;
+  void *stream = nullptr;
+  if (from_gpu || to_gpu) stream = environment.home_stream(from_gpu ? source : destination);
+  if (from_gpu) environment.follow(source, stream);
+  if (to_gpu) environment.follow(destination, stream);
   const size_t nbytes = static_cast<size_t>(count_of(source.shape)) * (source.dl.dtype.bits / 8);
-  auto *stream = reinterpret_cast<void *>(static_cast<uintptr_t>(info[2].As<Napi::Number>().DoubleValue()));
   environment.require(epmoe_copy(static_cast<char *>(destination.dl.data) + destination.dl.byte_offset,
                                  destination.dl.device, static_cast<char *>(source.dl.data) + source.dl.byte_offset,
                                  source.dl.device, nbytes, stream));
+  return Napi::Number::New(info.Env(), static_cast<double>(reinterpret_cast<uintptr_t>(stream)));
 }
 
 Napi::Array dtypes(Napi::Env env) {

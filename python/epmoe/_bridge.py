@@ -1,0 +1,251 @@
+"""The Python end of the bridge from Node.
+
+Everything that crosses goes through :func:`call`: arguments arrive as one ASCII JSON text plus a list of objects, and
+results leave as a :class:`Box`. Neither raw ``None``, booleans and floats nor exceptions cross, because the embedding
+layer miscounts references of the first, rounds the second and loses parts of the third.
+"""
+
+import importlib
+import json
+import traceback
+
+
+class Box:
+    """What JavaScript holds: an object it may not touch directly, or the description of a failure."""
+
+    __slots__ = ("address", "kind", "text", "value")
+
+    def __init__(self, kind, value=None, text=""):
+        self.kind = kind
+        self.value = value
+        self.address = str(id(value))
+        self.text = text
+
+
+class JavaScriptError(Exception):
+    """An error thrown by a JavaScript function that Python called; ``token`` finds the original on the other side."""
+
+    def __init__(self, message, token):
+        super().__init__(message)
+        self.token = token
+
+
+inbox = []
+_attached = []
+
+
+def call(operation, payload, objects):
+    """Runs one operation; never raises. ``payload`` is the JSON of its arguments, which refer to ``objects``."""
+    try:
+        arguments = _decode(json.loads(payload), objects)
+        return Box("object", _OPERATIONS[operation](*arguments))
+    except BaseException as error:
+        return _failure(error)
+
+
+def _failure(error):
+    try:
+        message = str(error)
+    except BaseException:
+        message = "<unprintable>"
+    cause = error
+    token = ""
+    while cause is not None and not token:
+        token = str(getattr(cause, "token", "")) if isinstance(cause, JavaScriptError) else ""
+        cause = cause.__cause__ or cause.__context__
+    try:
+        trace = "".join(traceback.format_exception(error))
+    except BaseException:
+        trace = ""
+    details = {"type": type(error).__qualname__, "message": message, "traceback": trace, "token": token}
+    return Box("failure", error, json.dumps(details))
+
+
+def _decode(node, objects):
+    if isinstance(node, list):
+        return [_decode(item, objects) for item in node]
+    if not isinstance(node, dict):
+        return node
+    tag, value = node["$"]
+    if tag == "box":
+        return objects[value].value
+    if tag == "object":
+        return objects[value]
+    if tag == "function":
+        return _callback(objects[value])
+    if tag == "dict":
+        return {_decode(key, objects): _decode(item, objects) for key, item in value}
+    if tag == "int":
+        return int(value)
+    return float(value)
+
+
+def _callback(function):
+    def callback(*args, **kwargs):
+        request = Box("request", (list(args), kwargs))
+        function(request)
+        if request.kind == "failure":
+            raise JavaScriptError(request.text, request.value)
+        return request.value
+
+    return callback
+
+
+def _answer(request, value):
+    request.kind, request.value = "answer", value
+
+
+def _fail(request, message, token):
+    request.kind, request.text, request.value = "failure", message, token
+
+
+def _encode(value):
+    """A value as JSON that JavaScript reads without loss; raises TypeError for what has no counterpart there."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, int):
+        return {"$": ["int", str(int(value))]} if abs(value) > 2**53 else int(value)
+    if isinstance(value, float):
+        return {"$": ["float", repr(float(value))]}
+    if isinstance(value, (list, tuple)):
+        return {"$": ["list", [_encode(item) for item in value]]}
+    if isinstance(value, dict):
+        return {"$": ["dict", [[_encode(key), _encode(item)] for key, item in value.items()]]}
+    raise TypeError(
+        f"{type(value).__qualname__} has no JavaScript counterpart; "
+        "convert it to numbers, strings, lists or dicts first, or a tensor with Tensor.fromTorch()"
+    )
+
+
+def _to_json(value):
+    return json.dumps(_encode(value))
+
+
+def _evaluate(expression, names):
+    return eval(expression, dict(names))
+
+
+def _execute(source, filename):
+    """Runs a module's source; the lines are registered so that tracebacks and Triton find them."""
+    import linecache
+    import types
+
+    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+    module = types.ModuleType("epmoe_inline")
+    module.__file__ = filename
+    exec(compile(source, filename, "exec"), module.__dict__)
+    return module
+
+
+_END = object()
+
+
+def _next(iterator):
+    item = next(iterator, _END)
+    return [] if item is _END else [item]
+
+
+def _torch_facts():
+    """Addresses of what the addon needs of torch: the tensor type, its exchange table (or 0), and the inbox."""
+    import torch
+
+    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    _attached[:] = [torch.Tensor, capsule, inbox]
+    return f"{id(torch.Tensor)} {0 if capsule is None else id(capsule)} {id(inbox)}"
+
+
+def _to_capsule(tensor):
+    """A DLPack capsule of a torch tensor; refuses what the protocol would export without saying so."""
+    import torch
+
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"expected a torch.Tensor, received {type(tensor).__qualname__}")
+    if tensor.is_neg():
+        raise BufferError("a tensor with its negative bit set; call resolve_neg() on it first")
+    return tensor.__dlpack__()
+
+
+def _torch_from_inbox():
+    import torch
+
+    return torch.from_dlpack(_Exporter(inbox.pop()))
+
+
+class _Exporter:
+    """Wraps a capsule as an object of the protocol, which every version of torch accepts."""
+
+    def __init__(self, capsule):
+        self.capsule = capsule
+
+    def __dlpack__(self, stream=None, **_):
+        return self.capsule
+
+    def __dlpack_device__(self):
+        return _capsule_device(self.capsule)
+
+
+def _capsule_device(capsule):
+    import ctypes
+
+    class Device(ctypes.Structure):
+        _fields_ = [("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32)]
+
+    get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    device = Device.from_address(get_pointer(capsule, b"dltensor"))
+    return device.device_type, device.device_id
+
+
+def _current_stream(device_id):
+    import torch
+
+    return torch.cuda.current_stream(device_id).cuda_stream
+
+
+_OPERATIONS = {
+    "import": importlib.import_module,
+    "eval": _evaluate,
+    "exec": _execute,
+    "call": lambda function, args, kwargs: function(*args, **kwargs),
+    "get": getattr,
+    "set": setattr,
+    "item": lambda value, key: value[key],
+    "set_item": lambda value, key, item: value.__setitem__(key, item),
+    "len": len,
+    "iter": iter,
+    "next": _next,
+    "repr": repr,
+    "to_json": _to_json,
+    "answer": _answer,
+    "fail": _fail,
+    "torch_facts": _torch_facts,
+    "to_capsule": _to_capsule,
+    "take": inbox.pop,
+    "take_tensor": _torch_from_inbox,
+    "current_stream": _current_stream,
+}
+
+
+def text_of(box):
+    """The string in a box, for results that are text by construction."""
+    return box.value
+
+
+def clear(box):
+    """Lets go of the boxed object at once, whenever JavaScript's collector gets round to the box."""
+    box.value = None
+    return box
+
+
+def prepare(executable):
+    """Settles what the embedding leaves wrong; called once, right after the interpreter has started."""
+    import multiprocessing
+    import os
+    import sys
+
+    # A forked child would inherit Node's signal handlers and none of its threads.
+    multiprocessing.set_start_method("spawn", force=True)
+    sys.setswitchinterval(5e-4)
+    os.environ.pop("PYTHONEXECUTABLE", None)
+    sys.executable = executable
+    return f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"

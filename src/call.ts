@@ -1,0 +1,174 @@
+import { EpmoeError, camelCase, describeValue } from './errors.js'
+import { pythonAddress, torchBridge } from './foreign.js'
+import { type OpInfo, native } from './native.js'
+import type { PyRef } from './python/ref.js'
+import { Stream } from './stream.js'
+import { Tensor, notATensor } from './tensor.js'
+
+/** What an op takes as a tensor: epmoe's own, a PyRef to a torch.Tensor, or a bare pymport PyObject of one. */
+export type TensorLike = Tensor | PyRef | { readonly id: unknown; readonly callable: boolean }
+
+const none = 0
+const handle = 1
+const object = 2
+const integer = 3
+const real = 4
+
+/** Shared with the addon: a call's arguments are written here rather than passed. */
+let words: Float64Array
+let kinds: Int32Array
+let streamSlot = 0
+
+/** One op, as the generated functions call it. Arguments are put in the descriptor's order, then run() makes the call. */
+export class Op {
+  readonly name: string
+  readonly #index: number
+  readonly #info: OpInfo
+  #given = 0
+  #temporary: Tensor[] | undefined
+
+  constructor(name: string) {
+    const ops = native().ops()
+    this.#index = ops.findIndex((op) => op.name === name)
+    const info = ops[this.#index]
+    this.name = camelCase(name)
+    if (info === undefined) {
+      throw new EpmoeError({
+        code: 'ERR_UNKNOWN_OP',
+        op: this.name,
+        expected: 'an op of the built library',
+        received: `a library with ${ops.map((op) => camelCase(op.name)).join(', ') || 'none'}`,
+        hint: 'Build it again with `npm run setup`',
+      })
+    }
+    this.#info = info
+    streamSlot = native().maxValues
+    words ??= new Float64Array(native().frame, 0, streamSlot + 1)
+    kinds ??= new Int32Array(native().frame, 8 * (streamSlot + 1), streamSlot + 1)
+  }
+
+  begin(args: object): void {
+    this.#given = 0
+    this.#temporary = undefined
+    if (typeof args === 'object' && args !== null) return
+    throw new EpmoeError({
+      code: 'ERR_MISSING_ARGUMENT',
+      op: this.name,
+      expected: 'an object of named arguments',
+      received: describeValue(args),
+      hint: `Call ${this.name}({ … })`,
+    })
+  }
+
+  tensor(slot: number, argument: string, value: TensorLike | undefined | null): void {
+    if (value instanceof Tensor) {
+      words[slot] = value.handleFor(this.name, argument)
+      kinds[slot] = handle
+    } else if (value === undefined || value === null) {
+      kinds[slot] = none
+      if (value === undefined) return
+    } else {
+      this.#foreign(slot, argument, value)
+    }
+    this.#given++
+  }
+
+  #foreign(slot: number, argument: string, value: unknown): void {
+    const address = pythonAddress(value)
+    if (address === undefined) throw notATensor(this.name, argument, value)
+    torchBridge(this.name)
+    if (native().python.hasExchange()) {
+      words[slot] = address
+      kinds[slot] = object
+      return
+    }
+    this.#temporary ??= []
+    const tensor = Tensor.fromTorch(value)
+    this.#temporary.push(tensor)
+    words[slot] = tensor.handleFor(this.name, argument)
+    kinds[slot] = handle
+  }
+
+  integer(slot: number, argument: string, value: number | bigint | undefined): void {
+    kinds[slot] = none
+    if (value === undefined) return
+    const number = typeof value === 'bigint' ? Number(value) : value
+    if (!Number.isSafeInteger(number)) throw this.#wrong(argument, 'a whole number up to 2^53', value)
+    words[slot] = number
+    kinds[slot] = integer
+    this.#given++
+  }
+
+  real(slot: number, argument: string, value: number | undefined): void {
+    kinds[slot] = none
+    if (value === undefined) return
+    if (typeof value !== 'number') throw this.#wrong(argument, 'a number', value)
+    words[slot] = value
+    kinds[slot] = real
+    this.#given++
+  }
+
+  choice(slot: number, argument: string, value: string | undefined, choices: readonly string[]): void {
+    kinds[slot] = none
+    if (value === undefined) return
+    const index = choices.indexOf(value)
+    if (index < 0) throw this.#wrong(argument, choices.map((choice) => `'${choice}'`).join(' or '), value)
+    words[slot] = index
+    kinds[slot] = integer
+    this.#given++
+  }
+
+  run(args: object, stream: Stream | undefined): void {
+    let given = 0
+    for (const key in args) if ((args as Record<string, unknown>)[key] !== undefined) given++
+    if (given !== this.#given + (stream === undefined ? 0 : 1)) this.#unexpected(args)
+    kinds[streamSlot] = 0
+    if (stream !== undefined) {
+      if (!(stream instanceof Stream)) throw this.#wrong('stream', 'a Stream', stream)
+      words[streamSlot] = stream.address
+      kinds[streamSlot] = 1
+    } else if (this.#temporary !== undefined) {
+      this.#useTorchStream(this.#temporary)
+    }
+    try {
+      native().invoke(this.#index)
+    } finally {
+      for (const tensor of this.#temporary ?? []) tensor.dispose()
+      this.#temporary = undefined
+    }
+  }
+
+  /** Without an exchange table the addon cannot ask torch for its stream; the bridge can. */
+  #useTorchStream(tensors: Tensor[]): void {
+    const gpu = tensors.find((tensor) => tensor.device !== 'cpu')
+    if (gpu === undefined) return
+    words[streamSlot] = torchBridge(this.name).currentStream(Number(gpu.device.slice('cuda:'.length)))
+    kinds[streamSlot] = 1
+  }
+
+  #unexpected(args: object): void {
+    const known = this.#info.params.map((param) => camelCase(param.name))
+    for (const key of Object.keys(args)) {
+      if (known.includes(key) || key === 'stream') continue
+      throw new EpmoeError({
+        code: 'ERR_UNEXPECTED_ARGUMENT',
+        op: this.name,
+        argument: key,
+        expected: `only ${known.join(', ')} and stream`,
+        received: describeValue((args as Record<string, unknown>)[key]),
+        hint: 'Check the spelling',
+      })
+    }
+  }
+
+  #wrong(argument: string, expected: string, value: unknown): EpmoeError {
+    return new EpmoeError({
+      code: 'ERR_VALUE',
+      op: this.name,
+      argument,
+      expected,
+      received: describeValue(value),
+      hint: 'Leave it out for the default',
+    })
+  }
+}

@@ -1,0 +1,167 @@
+import { existsSync } from 'node:fs'
+import { createRequire } from 'node:module'
+import { join } from 'node:path'
+import { env } from './env.js'
+import { EpmoeError, nativeError } from './errors.js'
+import { packageRoot } from './package-root.js'
+
+/** What the addon says of a tensor; sizes and strides count elements. */
+export interface NativeTensor {
+  handle: number
+  shape: number[]
+  strides: number[]
+  dtype: number
+  deviceType: number
+  deviceId: number
+  address: bigint
+  nbytes: number
+  contiguous: boolean
+  foreign: boolean
+}
+
+export interface OpParam {
+  /** snake_case */
+  name: string
+  doc: string
+  kind: 'tensor' | 'int' | 'float' | 'enum'
+  optional: boolean
+  role?: 'in' | 'out'
+  shape?: string
+  dtypes?: string[]
+  dtypeLike?: string
+  default?: number
+  min?: number
+  max?: number
+  choices?: string[]
+}
+
+export interface OpInfo {
+  /** snake_case */
+  name: string
+  doc: string
+  /** Whether this build carries a CUDA kernel for it. */
+  cuda: boolean
+  params: OpParam[]
+}
+
+export interface DeviceFacts {
+  name: string
+  computeCapability: string
+  smCount: number
+  l2Bytes: number
+  totalBytes: number
+  /** As CUDA counts: 13000 is 13.0. */
+  driverVersion: number
+  runtimeVersion: number
+}
+
+export interface Metrics {
+  mismatched: number
+  total: number
+  maxUlp: number
+  maxAbs: number
+  relL2: number
+  referenceRelL2: number
+}
+
+interface Count {
+  tensors: number
+  bytes: number
+}
+
+export interface Native {
+  version: string
+  abiVersion: number
+  headerAbiVersion: number
+  frame: ArrayBuffer
+  maxValues: number
+  dtypes: { name: string; itemsize: number }[]
+  setErrorMaker(maker: typeof nativeError): void
+  invoke(op: number): void
+  ops(): OpInfo[]
+  tensor: {
+    empty(shape: number[], dtype: number, deviceType: number, deviceId: number): NativeTensor
+    fromBuffer(buffer: ArrayBufferLike, byteOffset: number, shape: number[], dtype: number): NativeTensor
+    view(handle: number, offset: number, shape: number[], dtype: number): NativeTensor
+    dispose(handle: number): boolean
+    buffer(handle: number): { buffer: ArrayBuffer; byteOffset: number }
+    copy(destination: number, source: number): number
+    count(): { cpu: Count; cuda: Count }
+  }
+  stream: {
+    create(deviceId: number): number
+    own(deviceId: number): number
+    foreign(deviceId: number): number
+    destroy(deviceId: number, stream: number): void
+    synchronize(deviceId: number, stream: number): Promise<void>
+    synchronizeSync(deviceId: number, stream: number): void
+  }
+  device: {
+    cudaCompiled: boolean
+    cudaCount(): number
+    facts(deviceId: number): DeviceFacts
+    setCpuThreads(count: number): void
+    cpuThreads(): number
+  }
+  python: {
+    attach(tensorType: number, exchangeCapsule: number, inbox: number): void
+    hasExchange(): boolean
+    fromObject(address: number): NativeTensor
+    fromCapsule(address: number): NativeTensor
+    toObject(handle: number): void
+    toCapsule(handle: number): void
+  }
+  parity: {
+    fillNormal(handle: number, seed: number, scale: number): void
+    compare(actual: number, reference: number, oracle: number, scale: number): Metrics
+  }
+}
+
+let loaded: Native | undefined
+
+/** The folder of epmoe.node and libepmoe. */
+export function nativeFolder(): string {
+  return env.nativeFolder ?? join(packageRoot, 'build', 'Release')
+}
+
+/** The addon, loaded on first use. */
+export function native(): Native {
+  loaded ??= load()
+  return loaded
+}
+
+function load(): Native {
+  const file = join(nativeFolder(), 'epmoe.node')
+  if (!existsSync(file)) {
+    throw new EpmoeError({
+      code: 'ERR_NATIVE',
+      expected: `the native addon at ${file}`,
+      received: 'no such file',
+      hint: 'Build it with `npm run setup` in a checkout, or `npm rebuild epmoe` where epmoe is installed',
+    })
+  }
+  let addon: Native
+  try {
+    addon = createRequire(import.meta.url)(file) as Native
+  } catch (cause) {
+    throw new EpmoeError(
+      {
+        code: 'ERR_NATIVE',
+        expected: `a native addon that loads on ${process.platform}-${process.arch} with Node ${process.version}`,
+        received: cause instanceof Error ? cause.message : String(cause),
+        hint: 'It was probably built elsewhere: build it again with `npm run setup` or `npm rebuild epmoe`',
+      },
+      { cause },
+    )
+  }
+  if (addon.abiVersion !== addon.headerAbiVersion) {
+    throw new EpmoeError({
+      code: 'ERR_NATIVE',
+      expected: `libepmoe of ABI ${addon.headerAbiVersion} beside the addon`,
+      received: `ABI ${addon.abiVersion}`,
+      hint: 'Two builds are mixed: remove the build folder and run `npm run setup`',
+    })
+  }
+  addon.setErrorMaker(nativeError)
+  return addon
+}

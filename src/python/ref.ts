@@ -1,0 +1,117 @@
+import type { PyObject } from 'pymport'
+import { EpmoeError } from '../errors.js'
+import { registerAddresser } from '../foreign.js'
+import type { Runtime } from './runtime.js'
+
+/**
+ * A Python object. Attributes, calls and items go through one guarded path: exceptions arrive as PythonError, arguments
+ * keep their types. Let go of large ones with dispose() or `using`.
+ */
+export class PyRef implements Disposable {
+  #box: PyObject | undefined
+  readonly #runtime: Runtime
+  readonly #address: number
+
+  /** Made by the bridge. */
+  constructor(runtime: Runtime, box: PyObject) {
+    this.#runtime = runtime
+    this.#box = box
+    this.#address = Number(runtime.field(box, 'address'))
+  }
+
+  /** The boxed object's handle, for the bridge. */
+  get box(): PyObject {
+    if (this.#box !== undefined) return this.#box
+    throw new EpmoeError({
+      code: 'ERR_DISPOSED',
+      op: 'PyRef',
+      expected: 'a live Python object',
+      received: 'one that was disposed',
+      hint: 'Keep it until its last use',
+    })
+  }
+
+  /** `id(object)`. */
+  get address(): number {
+    this.box
+    return this.#address
+  }
+
+  get disposed(): boolean {
+    return this.#box === undefined
+  }
+
+  /** `object.name` */
+  get(name: string): PyRef {
+    return this.#runtime.run('get', this, name)
+  }
+
+  /** `object.name = value` */
+  set(name: string, value: unknown): void {
+    this.#runtime.run('set', this, name, value).dispose()
+  }
+
+  /** `object(*args)`; the last argument may be kw({ … }). */
+  call(...args: unknown[]): PyRef {
+    return this.#runtime.apply(this, args)
+  }
+
+  /** `object.name(*args)`; the last argument may be kw({ … }). */
+  method(name: string, ...args: unknown[]): PyRef {
+    const bound = this.get(name)
+    try {
+      return this.#runtime.apply(bound, args)
+    } finally {
+      bound.dispose()
+    }
+  }
+
+  /** `object[key]` */
+  item(key: unknown): PyRef {
+    return this.#runtime.run('item', this, key)
+  }
+
+  /** `object[key] = value` */
+  setItem(key: unknown, value: unknown): void {
+    this.#runtime.run('set_item', this, key, value).dispose()
+  }
+
+  /** `len(object)` */
+  get length(): number {
+    return this.#runtime.value('len', this) as number
+  }
+
+  /**
+   * The object as a JavaScript value: None, booleans, numbers, strings, and lists, tuples and dicts of them. Integers
+   * beyond 2^53 become bigints; dicts with other than string keys become Maps.
+   */
+  toJS(): unknown {
+    return this.#runtime.toJS(this)
+  }
+
+  /** `repr(object)` */
+  toString(): string {
+    return this.disposed ? 'PyRef(disposed)' : (this.#runtime.value('repr', this) as string)
+  }
+
+  *[Symbol.iterator](): Generator<PyRef> {
+    using iterator = this.#runtime.run('iter', this)
+    for (;;) {
+      using step = this.#runtime.run('next', iterator)
+      if (step.length === 0) return
+      yield step.item(0)
+    }
+  }
+
+  /** Lets go of the object at once. Harmless when repeated. */
+  dispose(): void {
+    if (this.#box !== undefined) this.#runtime.clear(this.#box)
+    this.#box = undefined
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose()
+  }
+}
+
+registerAddresser((value) => (value instanceof PyRef ? value.address : undefined))

@@ -1,0 +1,100 @@
+import type { PyObject } from 'pymport'
+import { PythonError } from '../errors.js'
+import { Encoder, KeywordArguments, decode } from './encode.js'
+import { PyRef } from './ref.js'
+
+type Pymport = typeof import('pymport')
+
+/**
+ * The one path between JavaScript and Python. It hands pymport nothing but strings, lists and objects, and never lets an
+ * exception cross: see python/epmoe/_bridge.py for the other end.
+ */
+export class Runtime {
+  readonly #pymport: Pymport
+  readonly #call: PyObject
+  readonly #clear: PyObject
+  readonly #textOf: PyObject
+  /** Errors thrown by JavaScript functions that Python called, until they come back. */
+  readonly #thrown = new Map<string, unknown>()
+  #lastToken = 0
+
+  constructor(pymport: Pymport, bridge: PyObject) {
+    this.#pymport = pymport
+    this.#call = bridge.get('call')
+    this.#clear = bridge.get('clear')
+    this.#textOf = bridge.get('text_of')
+  }
+
+  /** Runs an operation of the bridge and returns its result boxed. */
+  run(operation: string, ...args: unknown[]): PyRef {
+    const encoder = new Encoder(this)
+    const { PyObject } = this.#pymport
+    const text = encoder.text(args)
+    const box = this.#call.call(PyObject.string(operation), PyObject.string(text), PyObject.list(encoder.objects))
+    if (this.field(box, 'kind') === 'failure') throw this.#failure(this.field(box, 'text'))
+    return new PyRef(this, box)
+  }
+
+  /** Runs an operation and converts its result. */
+  value(operation: string, ...args: unknown[]): unknown {
+    using result = this.run(operation, ...args)
+    return this.toJS(result)
+  }
+
+  apply(callable: PyRef, args: unknown[]): PyRef {
+    const last = args.at(-1)
+    const keywords = last instanceof KeywordArguments ? last.values : {}
+    const positional = last instanceof KeywordArguments ? args.slice(0, -1) : args
+    return this.run('call', callable, positional, keywords)
+  }
+
+  toJS(ref: PyRef): unknown {
+    using json = this.run('to_json', ref)
+    return decode(this.#textOf.call(json.box).toJS() as string)
+  }
+
+  /** A string attribute of a box. */
+  field(box: PyObject, name: 'kind' | 'text' | 'address'): string {
+    return box.get(name).toJS() as string
+  }
+
+  clear(box: PyObject): void {
+    this.#clear.call(box)
+  }
+
+  memoryview(buffer: Buffer): PyObject {
+    return this.#pymport.PyObject.memoryview(buffer)
+  }
+
+  isPyObject(value: object): value is PyObject {
+    return value instanceof this.#pymport.PyObject
+  }
+
+  /** A Python callable that calls `fn` with its positional arguments as PyRefs and returns what it returns. */
+  callback(fn: (...args: PyRef[]) => unknown): PyObject {
+    return this.#pymport.PyObject.func((request: PyObject) => {
+      try {
+        const [args] = [...new PyRef(this, request)] as [PyRef]
+        this.run('answer', this.#pymport.PyObject.fromJS(request), fn(...args)).dispose()
+      } catch (error) {
+        const token = String(++this.#lastToken)
+        this.#thrown.set(token, error)
+        const message = error instanceof Error ? `${error.name}: ${error.message}` : String(error)
+        this.run('fail', this.#pymport.PyObject.fromJS(request), message, token).dispose()
+      }
+      return 0 // null would lose a reference of None on its way back
+    })
+  }
+
+  #failure(text: string): PythonError {
+    const details = JSON.parse(text) as { type: string; message: string; traceback: string; token: string }
+    const cause = this.#thrown.get(details.token)
+    this.#thrown.delete(details.token)
+    return new PythonError(
+      details.type,
+      details.message,
+      details.traceback,
+      cause === undefined ? undefined : { cause },
+    )
+  }
+}
