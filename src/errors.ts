@@ -72,9 +72,9 @@ export function nativeError(
   received: string,
   hint: string,
 ): EpmoeError {
-  // Parameter names inside sentences follow the caller's spelling too; dtype names such as float8_e4m3fn stay.
+  // Parameter names inside sentences follow the caller's spelling too; float8_e4m3fn and functions such as resolve_neg() stay.
   const spell = (text: string) =>
-    text.replace(/\b(?!float8_)[a-z][a-z0-9]*(?:_[a-z0-9]+)+\b/g, (name) => camelCase(name))
+    text.replace(/\b(?!float8_)[a-z][a-z0-9]*(?:_[a-z0-9]+)+\b(?!\()/g, (name) => camelCase(name))
   return new EpmoeError({
     code,
     op: camelCase(op),

@@ -106,6 +106,7 @@ export interface Native {
   python: {
     attach(tensorType: number, exchangeCapsule: number, inbox: number): void
     hasExchange(): boolean
+    check(address: number): void
     fromObject(address: number): NativeTensor
     fromCapsule(address: number): NativeTensor
     toObject(handle: number): void

@@ -152,7 +152,10 @@ export class Tensor implements Disposable {
     const address = pythonAddress(object)
     if (address === undefined) throw notATensor(op, 'object', object)
     const bridge = torchBridge(op)
-    if (options.protocol === 'dlpack' || !native().python.hasExchange()) return bridge.importCapsule(object)
+    if (options.protocol === 'dlpack' || !native().python.hasExchange()) {
+      native().python.check(address)
+      return bridge.importCapsule(object)
+    }
     return new Tensor(construct, native().python.fromObject(address))
   }
 

@@ -128,14 +128,20 @@ void attach(const Napi::CallbackInfo &info) {
 
 [[noreturn]] void raise_unsupported(Environment &environment, PyObject *object) {
   py.Err_Clear();
-  environment.raise("ERR_UNSUPPORTED_TENSOR", "", "tensor", "a dense tensor with memory of its own",
-                    name_unsupported(object), "Make it dense, detached and contiguous first");
+  environment.raise("ERR_UNSUPPORTED_TENSOR", kImport, "object", "a dense tensor with memory of its own",
+                    name_unsupported(object), "Make it dense first");
 }
+
+constexpr const char *kImport = "Tensor.fromTorch";
 
 // Work that produced the tensor was launched on the framework's current stream; later work must follow it.
 template <typename Managed>
 Napi::Value adopt(Environment &environment, Managed *managed) {
   auto record = make_record(Storage::adopt(environment, managed), managed->dl_tensor);
+  if (epmoe_dtype_of(record->dl.dtype) < 0) {
+    environment.raise("ERR_DTYPE", kImport, "object", "a dtype that epmoe has", "another, e.g. bool or complex",
+                      "Convert it with to() first");
+  }
   if (record->dl.device.device_type == kDLCUDA && has_exchange()) {
     record->stream = environment.home_stream(*record);
     record->stream_known = true;
@@ -143,14 +149,24 @@ Napi::Value adopt(Environment &environment, Managed *managed) {
   return describe(environment, environment.insert(std::move(record)));
 }
 
+void require_importable(Environment &environment, PyObject *object) {
+  if (const Refusal refusal = refuse_object(object); refusal.code != nullptr) {
+    environment.raise(refusal.code, kImport, "object", "a dense torch.Tensor", refusal.received, refusal.hint);
+  }
+}
+
+// (address): throws unless the Python object is a tensor that may be imported, by whichever protocol.
+void check(const Napi::CallbackInfo &info) {
+  const Gil gil;
+  require_importable(Environment::of(info.Env()), object_argument(info[0]));
+}
+
 // (address of a torch.Tensor) by the exchange table.
 Napi::Value from_object(const Napi::CallbackInfo &info) {
   Environment &environment = Environment::of(info.Env());
   const Gil gil;
   PyObject *object = object_argument(info[0]);
-  if (const Refusal refusal = refuse_object(object); refusal.code != nullptr) {
-    environment.raise(refusal.code, "", "tensor", "a dense torch.Tensor", refusal.received, refusal.hint);
-  }
+  require_importable(environment, object);
   DLManagedTensorVersioned *managed = nullptr;
   if (py.exchange->managed_tensor_from_py_object_no_sync(object, &managed) != 0) raise_unsupported(environment, object);
   return adopt(environment, managed);
@@ -164,7 +180,7 @@ Napi::Value from_capsule(const Napi::CallbackInfo &info) {
   if (py.Capsule_IsValid(capsule, "dltensor_versioned")) {
     auto *managed = static_cast<DLManagedTensorVersioned *>(py.Capsule_GetPointer(capsule, "dltensor_versioned"));
     if (managed->version.major != DLPACK_ABI_MAJOR) {
-      environment.raise("ERR_UNSUPPORTED_TENSOR", "", "tensor", "DLPack 1", "another major version", "Update epmoe");
+      environment.raise("ERR_UNSUPPORTED_TENSOR", kImport, "object", "DLPack 1", "another major version", "Update epmoe");
     }
     py.Capsule_SetName(capsule, "used_dltensor_versioned");
     return adopt(environment, managed);
@@ -175,7 +191,7 @@ Napi::Value from_capsule(const Napi::CallbackInfo &info) {
     return adopt(environment, managed);
   }
   py.Err_Clear();
-  environment.raise("ERR_NOT_A_TENSOR", "", "tensor", "a fresh DLPack capsule", "something else, or a used capsule",
+  environment.raise("ERR_NOT_A_TENSOR", kImport, "object", "a fresh DLPack capsule", "something else, or a used capsule",
                     "Take a new one from __dlpack__()");
 }
 
@@ -226,7 +242,7 @@ void to_object(const Napi::CallbackInfo &info) {
   void *object = nullptr;
   if (py.exchange->managed_tensor_to_py_object_no_sync(managed, &object) != 0) {
     py.Err_Clear();
-    environment.raise("ERR_UNSUPPORTED_TENSOR", "", "tensor", "a tensor that torch can view", "one that it refuses",
+    environment.raise("ERR_UNSUPPORTED_TENSOR", "toTorch", "tensor", "a tensor that torch can view", "one that it refuses",
                       "Copy it to a supported device or dtype first");
   }
   put_in_inbox(object);
@@ -290,6 +306,7 @@ void export_python(Napi::Env env, Napi::Object exports) {
   python["attach"] = Napi::Function::New(env, attach);
   python["hasExchange"] = Napi::Function::New(
       env, [](const Napi::CallbackInfo &info) -> Napi::Value { return Napi::Boolean::New(info.Env(), has_exchange()); });
+  python["check"] = Napi::Function::New(env, check);
   python["fromObject"] = Napi::Function::New(env, from_object);
   python["fromCapsule"] = Napi::Function::New(env, from_capsule);
   python["toObject"] = Napi::Function::New(env, to_object);

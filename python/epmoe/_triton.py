@@ -93,7 +93,10 @@ def _mend_interpreter():
             return convert(source, target)
         return original_fp_to_fp(self, source, target, rounding_mode)
 
-    for function in (binary_op, unary_op, create_fma, cast_impl, create_fp_to_fp):
+    def get_bf16(self, value):
+        return handle(narrow(np.array([value])), bfloat16)
+
+    for function in (binary_op, unary_op, create_fma, cast_impl, create_fp_to_fp, get_bf16):
         setattr(builder, function.__name__, function)
 
 

@@ -1,4 +1,4 @@
-import type { PyObject } from 'pymport'
+import type { PyObject } from './pymport.js'
 import { EpmoeError, describeValue } from '../errors.js'
 import { Tensor } from '../tensor.js'
 import { PyRef } from './ref.js'

@@ -1,4 +1,4 @@
-import type { PyObject } from 'pymport'
+import type { PyObject } from './pymport.js'
 import { EpmoeError } from '../errors.js'
 import { registerAddresser } from '../foreign.js'
 import type { Runtime } from './runtime.js'

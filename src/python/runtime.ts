@@ -1,9 +1,7 @@
-import type { PyObject } from 'pymport'
 import { PythonError } from '../errors.js'
 import { Encoder, KeywordArguments, decode } from './encode.js'
+import type { PyObject, Pymport } from './pymport.js'
 import { PyRef } from './ref.js'
-
-type Pymport = typeof import('pymport')
 
 /**
  * The one path between JavaScript and Python. It hands pymport nothing but strings, lists and objects, and never lets an
@@ -75,12 +73,12 @@ export class Runtime {
     return this.#pymport.PyObject.func((request: PyObject) => {
       try {
         const [args] = [...new PyRef(this, request)] as [PyRef]
-        this.run('answer', this.#pymport.PyObject.fromJS(request), fn(...args)).dispose()
+        this.run('answer', request, fn(...args)).dispose()
       } catch (error) {
         const token = String(++this.#lastToken)
         this.#thrown.set(token, error)
         const message = error instanceof Error ? `${error.name}: ${error.message}` : String(error)
-        this.run('fail', this.#pymport.PyObject.fromJS(request), message, token).dispose()
+        this.run('fail', request, message, token).dispose()
       }
       return 0 // null would lose a reference of None on its way back
     })

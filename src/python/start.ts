@@ -7,6 +7,7 @@ import { EpmoeError } from '../errors.js'
 import { nativeFolder } from '../native.js'
 import { packageRoot } from '../package-root.js'
 import { findPython, minor, pythonVersion } from '../setup/find-python.mjs'
+import type { Pymport } from './pymport.js'
 import { Python } from './python.js'
 import { Runtime } from './runtime.js'
 
@@ -65,7 +66,7 @@ function choose(options: StartOptions): { python: string; version: string } {
 }
 
 /** Loads pymport, and with it libpython, so that the interpreter takes itself for `python`. */
-function load(python: string): typeof import('pymport') {
+function load(python: string): Pymport {
   const path = process.env['PATH']
   process.env['PYTHONEXECUTABLE'] = python
   process.env['PATH'] = [dirname(python), path].filter(Boolean).join(delimiter)
@@ -75,7 +76,7 @@ function load(python: string): typeof import('pymport') {
   const certificates = '/etc/ssl/certs/ca-certificates.crt'
   if (process.env['SSL_CERT_FILE'] === undefined && existsSync(certificates)) process.env['SSL_CERT_FILE'] = certificates
   try {
-    return createRequire(import.meta.url)('pymport') as typeof import('pymport')
+    return createRequire(import.meta.url)('pymport') as Pymport
   } catch (cause) {
     throw failure(
       'pymport with its native part',

@@ -25,9 +25,8 @@ def post_reorder_kernel(
     topk,
     hidden_size,
     dst_start,
-    routed_scaling_factor,
     HAS_IDS: tl.constexpr,
-    HAS_FACTOR: tl.constexpr,
+    FACTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program a token. Weights and every partial sum are of the activation dtype."""
@@ -47,8 +46,8 @@ def post_reorder_kernel(
                 local = destination >= 0
             if local:
                 weight = tl.load(topk_weights + first_slot + slot).to(dtype)
-                if HAS_FACTOR:
-                    weight = weight * routed_scaling_factor.to(dtype)
+                if FACTOR != 1.0:
+                    weight = weight * FACTOR
                 row = down_output + (destination - dst_start) * hidden_size
                 total += tl.load(row + columns, mask=inside) * weight
         tl.store(output + token * hidden_size + columns, total, mask=inside)
@@ -80,9 +79,8 @@ def run_triton(
         topk_weights.shape[1],
         hidden_size,
         dst_start,
-        float(routed_scaling_factor),
         HAS_IDS=topk_ids is not None,
-        HAS_FACTOR=routed_scaling_factor != 1.0,
+        FACTOR=float(routed_scaling_factor),
         BLOCK=BLOCK_SIZE,
     )
 

@@ -1,0 +1,68 @@
+import { type DeviceLike } from '../device.js'
+import type { DType } from '../dtype.js'
+import { Tensor } from '../tensor.js'
+
+const zone = 256 // bytes on either side, a multiple of every alignment a kernel may want
+const pattern = 0xff // as a float of any width: a NaN, so that reading it shows as well
+
+/**
+ * A tensor between two guard zones, all of it filled with NaN: an op that reads outside spoils its result, one that
+ * writes outside is found by intact(), and one that leaves an element unwritten shows as NaN.
+ */
+export class Guarded implements Disposable {
+  readonly tensor: Tensor
+  readonly #whole: Tensor
+  readonly #begin: number
+
+  private constructor(whole: Tensor, begin: number, shape: readonly number[]) {
+    this.#whole = whole
+    this.#begin = begin
+    this.tensor = whole.view(shape, begin)
+  }
+
+  /** On the CPU. `shift` moves the tensor by that many elements, away from any alignment but its own. */
+  static create(shape: readonly number[], dtype: DType, shift = 0): Guarded {
+    const count = shape.reduce((product, size) => product * size, 1)
+    const itemsize = itemsizes[dtype]
+    const begin = zone / itemsize + shift
+    const whole = Tensor.empty([count + (2 * zone) / itemsize + shift], { dtype })
+    bytesOf(whole).fill(pattern)
+    return new Guarded(whole, begin, shape)
+  }
+
+  /** The same bytes, guards included, on another device. */
+  to(device: DeviceLike): Guarded {
+    return new Guarded(this.#whole.to(device), this.#begin, this.tensor.shape)
+  }
+
+  /** The tensor as it is now, on the CPU, and whether the zones around it are untouched. */
+  read(): { host: Guarded; intact: boolean } {
+    const host = new Guarded(this.#whole.toHostSync(), this.#begin, this.tensor.shape)
+    const bytes = bytesOf(host.#whole)
+    const itemsize = itemsizes[this.tensor.dtype]
+    const first = this.#begin * itemsize
+    const untouched = (begin: number, end: number) => bytes.subarray(begin, end).every((byte) => byte === pattern)
+    return { host, intact: untouched(0, first) && untouched(first + this.tensor.nbytes, bytes.length) }
+  }
+
+  [Symbol.dispose](): void {
+    this.tensor.dispose()
+    this.#whole.dispose()
+  }
+}
+
+function bytesOf(tensor: Tensor): Uint8Array {
+  const { buffer, byteOffset, byteLength } = tensor.data
+  return new Uint8Array(buffer, byteOffset, byteLength)
+}
+
+const itemsizes: Record<DType, number> = {
+  float32: 4,
+  float16: 2,
+  bfloat16: 2,
+  float8_e4m3fn: 1,
+  int32: 4,
+  int64: 8,
+  uint8: 1,
+  float64: 8,
+}

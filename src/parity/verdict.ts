@@ -1,0 +1,51 @@
+import type { Metrics } from '../native.js'
+import type { Backend } from './backends.js'
+import type { Problem } from './case.js'
+import type { ReferenceFacts } from './references.js'
+
+/**
+ * What a comparison has to reach:
+ * `bit-exact`: no element differs (a NaN equals any NaN);
+ * `ulp`: every element within a bound that follows from the number of roundings, in units in the last place;
+ * `golden`: the error against the float64 oracle is no worse than the reference's own.
+ */
+export type Tier = 'bit-exact' | 'ulp' | 'golden'
+
+export interface Requirement {
+  tier: Tier
+  /** For `ulp`. */
+  bound?: number
+}
+
+/** What a backend owes a reference. */
+export function requirementFor(backend: Backend, reference: ReferenceFacts, bounds: Problem['bounds']): Requirement {
+  const own = backend.numerics === 'triton' ? bounds.triton : bounds.fp32
+  if (reference.name === 'float64') return { tier: 'ulp', bound: own }
+  if (backend.numerics === 'fp32') return { tier: 'golden' }
+  // The original's arithmetic is one fused rounding a slot. Only compiled Triton has it; eager torch and the interpreter
+  // round the product first.
+  const fused = reference.compiled === true && reference.name !== 'torch' && reference.arithmetic === 'input-dtype'
+  return fused ? { tier: 'bit-exact' } : { tier: 'ulp', bound: own + bounds.reference }
+}
+
+export function passes({ tier, bound = 0 }: Requirement, metrics: Metrics): boolean {
+  if (metrics.mismatched === 0) return true
+  if (tier === 'bit-exact') return false
+  if (tier === 'ulp') return metrics.maxUlp <= bound
+  return metrics.relL2 <= metrics.referenceRelL2 * samplingSlack(metrics.total)
+}
+
+/**
+ * Two error norms over n elements are estimates, each uncertain by about 1/sqrt(2n): on a handful of elements the better
+ * arithmetic may come out a little worse by chance. The allowance vanishes as n grows (1.0006 at 29 million elements).
+ */
+function samplingSlack(count: number): number {
+  return 1 + 3 / Math.sqrt(Math.max(1, count))
+}
+
+/** The best tier a comparison reached, for reports. */
+export function reached(requirement: Requirement, metrics: Metrics): Tier | 'none' {
+  if (metrics.mismatched === 0) return 'bit-exact'
+  return passes(requirement, metrics) ? requirement.tier : 'none'
+}
+
