@@ -3,6 +3,7 @@ import type { DType } from '../dtype.js'
 import { Tensor } from '../tensor.js'
 
 const zone = 256 // bytes on either side, a multiple of every alignment a kernel may want
+const chunk = 2 ** 30
 const pattern = 0xff // as a float of any width: a NaN, so that reading it shows as well
 
 /**
@@ -26,7 +27,7 @@ export class Guarded implements Disposable {
     const itemsize = itemsizes[dtype]
     const begin = zone / itemsize + shift
     const whole = Tensor.empty([count + (2 * zone) / itemsize + shift], { dtype })
-    bytesOf(whole).fill(pattern)
+    for (let from = 0; from < whole.nbytes; from += chunk) bytesOf(whole, from, from + chunk).fill(pattern)
     return new Guarded(whole, begin, shape)
   }
 
@@ -38,11 +39,10 @@ export class Guarded implements Disposable {
   /** The tensor as it is now, on the CPU, and whether the zones around it are untouched. */
   read(): { host: Guarded; intact: boolean } {
     const host = new Guarded(this.#whole.toHostSync(), this.#begin, this.tensor.shape)
-    const bytes = bytesOf(host.#whole)
-    const itemsize = itemsizes[this.tensor.dtype]
-    const first = this.#begin * itemsize
-    const untouched = (begin: number, end: number) => bytes.subarray(begin, end).every((byte) => byte === pattern)
-    return { host, intact: untouched(0, first) && untouched(first + this.tensor.nbytes, bytes.length) }
+    const first = this.#begin * itemsizes[this.tensor.dtype]
+    const untouched = (begin: number, end: number) =>
+      bytesOf(host.#whole, begin, end).every((byte) => byte === pattern)
+    return { host, intact: untouched(0, first) && untouched(first + this.tensor.nbytes, host.#whole.nbytes) }
   }
 
   [Symbol.dispose](): void {
@@ -51,9 +51,10 @@ export class Guarded implements Disposable {
   }
 }
 
-function bytesOf(tensor: Tensor): Uint8Array {
-  const { buffer, byteOffset, byteLength } = tensor.data
-  return new Uint8Array(buffer, byteOffset, byteLength)
+/** Bytes begin to end of a tensor. A view over all of a large one would pass what a Uint8Array may count. */
+function bytesOf(tensor: Tensor, begin: number, end: number): Uint8Array {
+  const { buffer, byteOffset } = tensor.data
+  return new Uint8Array(buffer, byteOffset + begin, Math.min(end, tensor.nbytes) - begin)
 }
 
 const itemsizes: Record<DType, number> = {

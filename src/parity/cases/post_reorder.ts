@@ -14,8 +14,9 @@ interface Spec {
   H: number
   K: number
   E: number
-  /** The experts are split over this many ranks; the one in the middle is tested. */
+  /** The experts are split over this many ranks; this one is tested, the middle one when it is -1. */
   ep: number
+  rank: number
   dtype: DType
   ids: 'int32' | 'int64'
   weights: 'float32' | 'same'
@@ -37,6 +38,7 @@ const defaults: Spec = {
   K: 8,
   E: 64,
   ep: 1,
+  rank: -1,
   dtype: 'bfloat16',
   ids: 'int32',
   weights: 'float32',
@@ -80,9 +82,9 @@ function caseOf(spec: Spec): Case {
 }
 
 /** The local expert range of the rank that is tested; never empty. */
-function localRange({ E, ep }: Spec): [number, number] {
+function localRange({ E, ep, rank }: Spec): [number, number] {
   const each = Math.max(1, Math.floor(E / ep))
-  const start = Math.min(E - each, Math.floor(ep / 2) * each)
+  const start = Math.min(E - each, (rank < 0 ? Math.floor(ep / 2) : rank) * each)
   return [start, start + each - 1]
 }
 
@@ -272,7 +274,7 @@ const dtypes: DType[] = ['float32', 'float16', 'bfloat16']
 function standard(): Case[] {
   const specs: Partial<Spec>[] = []
   for (const { hidden: H, experts: E, topk: K } of Object.values(presets)) {
-    specs.push({ T: 1, H, E, K }, { T: 3, H, E, K, ep: 8, dtype: 'float16', ids: 'int64' })
+    specs.push({ T: 1, H, E, K }, { T: 3, H, E, K, ep: 8, dtype: 'float16', ids: 'int64' }, { T: 7, H, E, K, ep: 8, routing: 'skewed' })
   }
   for (const dtype of dtypes) {
     specs.push(
@@ -296,6 +298,8 @@ function standard(): Case[] {
       { values: 'special', dtype, ep: 4, H: 1000 },
     )
   }
+  // More tokens than a grid's second axis counts.
+  specs.push({ T: 70000, H: 16, K: 2, dtype: 'float16' })
   return specs.map((spec) => caseOf({ ...defaults, ...spec }))
 }
 

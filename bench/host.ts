@@ -1,0 +1,54 @@
+// What one call costs on the host, launch included, in one process. The work is small enough never to fill the queue.
+import { spawnSync } from 'node:child_process'
+import { mkdtempSync, readFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { type PyRef, Tensor, devices, postReorder, startPython } from 'epmoe'
+
+const calls = 2000
+const rounds = 25
+
+export default function host(): void {
+  const python = startPython()
+  const gpu = devices().find((device) => device !== 'cpu')
+  const bench = python.exec(readFileSync(fileURLToPath(new URL('./host.py', import.meta.url)), 'utf8'), 'bench/host.py')
+  const names = ['down_output', 'output', 'src2dst', 'topk_ids', 'topk_weights']
+  const made = bench.method('arguments', gpu ?? 'cpu')
+  const [downOutput, output, src2dst, topkIds, topkWeights] = names.map((name) => made.item(name)) as [PyRef, PyRef, PyRef, PyRef, PyRef]
+  const asTorch = { downOutput, output, src2dst, topkIds, topkWeights }
+  const [t0, t1, t2, t3, t4] = Object.values(asTorch).map((ref) => Tensor.fromTorch(ref)) as [Tensor, Tensor, Tensor, Tensor, Tensor]
+  const asTensors = { downOutput: t0, output: t1, src2dst: t2, topkIds: t3, topkWeights: t4 }
+  const drain = () => bench.method('drain').dispose()
+
+  const rows: [string, number][] = []
+  const bare = gpu === undefined ? undefined : bareLaunch()
+  if (bare !== undefined) rows.push(['bare launch of an empty kernel, C++', bench.method('bare_launch', bare, calls, rounds).toJS() as number])
+  rows.push(['postReorder, five Tensors, Node', median(() => postReorder(asTensors), drain)])
+  rows.push(['postReorder, five torch tensors, Node', median(() => postReorder(asTorch), drain)])
+  for (const [label, time] of Object.entries(bench.method('python_calls', made, calls, rounds).toJS() as Record<string, number>)) {
+    rows.push([label, time])
+  }
+  console.log(`µs a call, median of ${rounds} rounds of ${calls} calls, on ${gpu ?? 'cpu (no launch: the op itself runs)'}`)
+  for (const [label, time] of rows) console.log(`${label.padEnd(44)} ${time.toFixed(2).padStart(8)}`)
+}
+
+function median(call: () => void, drain: () => void): number {
+  const times: number[] = []
+  for (let round = -3; round < rounds; round++) {
+    const begin = performance.now()
+    for (let i = 0; i < calls; i++) call()
+    const time = ((performance.now() - begin) / calls) * 1e3
+    drain()
+    if (round >= 0) times.push(time)
+  }
+  return times.sort((a, b) => a - b)[rounds >> 1]!
+}
+
+/** A library that launches an empty kernel with as many arguments, or undefined without nvcc. */
+function bareLaunch(): string | undefined {
+  const library = join(mkdtempSync(join(tmpdir(), 'epmoe-bench-')), 'bare.so')
+  const source = fileURLToPath(new URL('./bare_launch.cu', import.meta.url))
+  const result = spawnSync('nvcc', ['-O3', '-arch=native', '-shared', '-Xcompiler', '-fPIC', '-o', library, source])
+  return result.status === 0 ? library : undefined
+}
