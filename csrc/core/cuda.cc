@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstdio>
 #include <cstring>
 #include <mutex>
 #include <string>
@@ -173,7 +174,7 @@ extern "C" epmoe_status epmoe_device_query(int32_t device_id, epmoe_device_facts
     cudaDeviceProp properties{};
     expect_success(cudaGetDeviceProperties(&properties, device_id), "reading device properties");
     *out = {};
-    std::strncpy(out->name, properties.name, sizeof out->name - 1);
+    std::snprintf(out->name, sizeof out->name, "%.*s", static_cast<int>(sizeof out->name) - 1, properties.name);
     out->cc_major = properties.major;
     out->cc_minor = properties.minor;
     out->sm_count = properties.multiProcessorCount;

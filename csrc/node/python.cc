@@ -39,6 +39,8 @@ struct Api {
 enum Name { kRequiresGrad, kIsNeg, kIsSparse, kIsQuantized, kIsMeta, kLayout };
 Api py;
 
+constexpr const char *kImport = "Tensor.fromTorch";
+
 template <typename Function>
 bool resolve(Function &function, const char *name) {
   function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
@@ -131,8 +133,6 @@ void attach(const Napi::CallbackInfo &info) {
   environment.raise("ERR_UNSUPPORTED_TENSOR", kImport, "object", "a dense tensor with memory of its own",
                     name_unsupported(object), "Make it dense first");
 }
-
-constexpr const char *kImport = "Tensor.fromTorch";
 
 // Work that produced the tensor was launched on the framework's current stream; later work must follow it.
 template <typename Managed>

@@ -22,7 +22,7 @@ DLDevice device_argument(const Napi::CallbackInfo &info, size_t index) {
   return {info[index].As<Napi::Number>().Int32Value(), info[index + 1].As<Napi::Number>().Int32Value()};
 }
 
-const epmoe_dtype_info &dtype_argument(const Napi::Value &value) {
+epmoe_dtype_info dtype_argument(const Napi::Value &value) {
   return *epmoe_dtype_at(value.As<Napi::Number>().Int32Value());
 }
 
@@ -40,7 +40,7 @@ bool contiguous(const DLTensor &tensor) {
 Napi::Value empty(const Napi::CallbackInfo &info) {
   Environment &environment = Environment::of(info.Env());
   std::vector<int64_t> shape = shape_argument(info[0]);
-  const epmoe_dtype_info &dtype = dtype_argument(info[1]);
+  const epmoe_dtype_info dtype = dtype_argument(info[1]);
   const auto nbytes = static_cast<size_t>(count_of(shape) * dtype.itemsize);
   auto storage = Storage::allocate(environment, device_argument(info, 2), nbytes);
   char *data = storage->data;
