@@ -1,4 +1,4 @@
-// What one call costs on the host, launch included, in one process. The work is small enough never to fill the queue.
+// What one call costs on the host, launch included, in one process.
 import { spawnSync } from 'node:child_process'
 import { mkdtempSync, readFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
@@ -6,8 +6,8 @@ import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { type PyRef, Tensor, devices, postReorder, startPython } from 'epmoe'
 
-const calls = 2000
-const rounds = 25
+const calls = 400 // fewer than a stream queues before the host has to wait
+const rounds = 101
 
 export default function host(): void {
   const python = startPython()
@@ -35,7 +35,7 @@ export default function host(): void {
 
 function median(call: () => void, drain: () => void): number {
   const times: number[] = []
-  for (let round = -3; round < rounds; round++) {
+  for (let round = -10; round < rounds; round++) {
     const begin = performance.now()
     for (let i = 0; i < calls; i++) call()
     const time = ((performance.now() - begin) / calls) * 1e3

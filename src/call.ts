@@ -44,7 +44,7 @@ export class Op {
     this.#info = info
     streamSlot = native().maxValues
     words ??= new Float64Array(native().frame, 0, streamSlot + 1)
-    kinds ??= new Int32Array(native().frame, 8 * (streamSlot + 1), streamSlot + 1)
+    kinds ??= new Int32Array(native().frame, 8 * (streamSlot + 1), streamSlot + 2)
   }
 
   begin(args: object): void {
@@ -122,6 +122,7 @@ export class Op {
     let given = 0
     for (const key in args) if ((args as Record<string, unknown>)[key] !== undefined) given++
     if (given !== this.#given + (stream === undefined ? 0 : 1)) this.#unexpected(args)
+    kinds[streamSlot + 1] = this.#index
     kinds[streamSlot] = 0
     if (stream !== undefined) {
       if (!(stream instanceof Stream)) throw this.#wrong('stream', 'a Stream', stream)
@@ -131,9 +132,9 @@ export class Op {
       this.#useTorchStream(this.#temporary)
     }
     try {
-      native().invoke(this.#index)
+      native().invoke()
     } finally {
-      for (const tensor of this.#temporary ?? []) tensor.dispose()
+      if (this.#temporary !== undefined) for (const tensor of this.#temporary) tensor.dispose()
       this.#temporary = undefined
     }
   }

@@ -77,7 +77,8 @@ export interface Native {
   maxValues: number
   dtypes: { name: string; itemsize: number }[]
   setErrorMaker(maker: typeof nativeError): void
-  invoke(op: number): void
+  /** Runs the op whose index and arguments stand in the frame. */
+  invoke(): void
   ops(): OpInfo[]
   tensor: {
     empty(shape: number[], dtype: number, deviceType: number, deviceId: number): NativeTensor

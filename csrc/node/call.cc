@@ -10,17 +10,6 @@ namespace {
   environment.raise(code, op.name, op.params[index].name, "a tensor", received, hint);
 }
 
-void read_object(Environment &environment, const epmoe_op_info &op, int32_t index, double address, DLTensor *out) {
-  auto *object = reinterpret_cast<PyObject *>(static_cast<uintptr_t>(address));
-  if (const Refusal refusal = refuse_object(object); refusal.code != nullptr) {
-    raise_argument(environment, op, index, refusal.code, refusal.received, refusal.hint);
-  }
-  if (!read_tensor(object, out)) {
-    raise_argument(environment, op, index, "ERR_UNSUPPORTED_TENSOR", name_unsupported(object),
-                   "Make it a dense tensor with memory of its own first");
-  }
-}
-
 // One call's tensors: those of handles, and descriptions of Python's.
 class Arguments {
  public:
@@ -56,7 +45,11 @@ class Arguments {
     if (!any) return;
     const Gil gil;
     for (int32_t i = 0; i < op_.n_params; ++i) {
-      if (frame.kind[i] == kObject) read_object(environment_, op_, i, frame.word[i], &borrowed_[i]);
+      if (frame.kind[i] != kObject) continue;
+      auto *object = reinterpret_cast<PyObject *>(static_cast<uintptr_t>(frame.word[i]));
+      if (const Refusal refusal = read_object(object, &borrowed_[i]); refusal.code != nullptr) {
+        raise_argument(environment_, op_, i, refusal.code, refusal.received, refusal.hint);
+      }
     }
   }
 
@@ -109,15 +102,24 @@ class Arguments {
   bool foreign_ = false;
 };
 
-// (op index): runs the op on the frame's values.
-Napi::Value invoke(const Napi::CallbackInfo &info) {
-  Environment &environment = Environment::of(info.Env());
-  const epmoe_op_info *op = epmoe_op_at(info[0].As<Napi::Number>().Int32Value());
-  if (op == nullptr || op->n_params > kMaxValues) {
-    environment.raise("ERR_UNKNOWN_OP", "", "", "an op of this library", "an index past its table", "");
+// Runs the op whose index stands in the frame, on the frame's values. In the bare C interface, without arguments or a
+// result: what a wrapper does for comfort would be a third of the cost of the call.
+napi_value invoke(napi_env env, napi_callback_info info) {
+  void *data = nullptr;
+  napi_get_cb_info(env, info, nullptr, nullptr, nullptr, &data);
+  auto &environment = *static_cast<Environment *>(data);
+  try {
+    const epmoe_op_info *op = epmoe_op_at(environment.frame->op);
+    if (op == nullptr || op->n_params > kMaxValues) {
+      environment.raise("ERR_UNKNOWN_OP", "", "", "an op of this library", "an index past its table", "");
+    }
+    environment.require(Arguments(environment, *op).run());
+  } catch (const Napi::Error &error) {
+    error.ThrowAsJavaScriptException();
+  } catch (const std::exception &error) {
+    napi_throw_error(env, "ERR_INTERNAL", error.what());
   }
-  environment.require(Arguments(environment, *op).run());
-  return info.Env().Undefined();
+  return nullptr;
 }
 
 // Everything a code generator or a help text needs to know.
@@ -170,7 +172,9 @@ Napi::Value ops(const Napi::CallbackInfo &info) {
 }  // namespace
 
 void export_calls(Napi::Env env, Napi::Object exports) {
-  exports["invoke"] = Napi::Function::New(env, invoke);
+  napi_value function = nullptr;
+  napi_create_function(env, "invoke", NAPI_AUTO_LENGTH, invoke, &Environment::of(env), &function);
+  exports["invoke"] = Napi::Value(env, function);
   exports["ops"] = Napi::Function::New(env, ops);
 }
 

@@ -19,6 +19,7 @@ constexpr int kMaxValues = 24;
 struct Frame {
   double word[kMaxValues + 1];   // handle, object address, number; the last one is the stream
   int32_t kind[kMaxValues + 1];  // FrameKind; the last one is the stream mode
+  int32_t op;                    // index in the op table
 };
 enum FrameKind { kNone = 0, kHandle, kObject, kInteger, kReal };
 

@@ -263,6 +263,17 @@ void to_capsule(const Napi::CallbackInfo &info) {
 
 }  // namespace
 
+// What torch would export without saying so.
+static Refusal refuse_state(PyObject *object, bool may_be_negative) {
+  if (truth_of_attribute(object, kRequiresGrad)) {
+    return {"ERR_UNSUPPORTED_TENSOR", "a tensor that requires grad", "Call detach() on it first"};
+  }
+  if (may_be_negative && truth_of_method(object, kIsNeg)) {
+    return {"ERR_UNSUPPORTED_TENSOR", "a tensor with its negative bit set", "Call resolve_neg() on it first"};
+  }
+  return {};
+}
+
 bool python_is_alive() { return py.IsInitialized != nullptr && py.IsInitialized() != 0; }
 
 Gil::Gil(bool take) : held_(take && python_is_alive()) {
@@ -277,13 +288,21 @@ Refusal refuse_object(PyObject *object) {
   if (py.tensor_type == nullptr || !is_tensor(object)) {
     return {"ERR_NOT_A_TENSOR", "a Python object of another type", "Pass a torch.Tensor or an epmoe Tensor"};
   }
-  if (truth_of_attribute(object, kRequiresGrad)) {
-    return {"ERR_UNSUPPORTED_TENSOR", "a tensor that requires grad", "Call detach() on it first"};
+  return refuse_state(object, true);
+}
+
+Refusal read_object(PyObject *object, DLTensor *out) {
+  if (py.tensor_type == nullptr || !is_tensor(object)) {
+    return {"ERR_NOT_A_TENSOR", "a Python object of another type", "Pass a torch.Tensor or an epmoe Tensor"};
   }
-  if (truth_of_method(object, kIsNeg)) {
-    return {"ERR_UNSUPPORTED_TENSOR", "a tensor with its negative bit set", "Call resolve_neg() on it first"};
+  if (py.exchange == nullptr || py.exchange->dltensor_from_py_object_no_sync(object, out) != 0) {
+    py.Err_Clear();
+    return {"ERR_UNSUPPORTED_TENSOR", name_unsupported(object), "Make it a dense tensor with memory of its own first"};
   }
-  return {};
+  // Integers require no grad and have no negative bit, which arises only from complex numbers; the look-ups cost more
+  // than the exchange, so they are kept to where they can matter.
+  const bool real = out->dtype.code == kDLFloat;
+  return real || out->dtype.code == kDLBfloat ? refuse_state(object, real) : Refusal{};
 }
 
 const char *name_unsupported(PyObject *object) {
@@ -294,12 +313,6 @@ const char *name_unsupported(PyObject *object) {
 }
 
 bool has_exchange() { return py.exchange != nullptr; }
-
-bool read_tensor(PyObject *object, DLTensor *out) {
-  if (py.exchange != nullptr && py.exchange->dltensor_from_py_object_no_sync(object, out) == 0) return true;
-  py.Err_Clear();
-  return false;
-}
 
 void export_python(Napi::Env env, Napi::Object exports) {
   Napi::Object python = Napi::Object::New(env);

@@ -33,9 +33,9 @@ struct Refusal {
 // The GIL must be held.
 Refusal refuse_object(PyObject *object);
 
-// Describes a tensor object without taking it over: valid while the object lives and nobody resizes it. False when its
-// framework cannot describe it; Python's error is cleared. The GIL must be held.
-bool read_tensor(PyObject *object, DLTensor *out);
+// Describes a tensor object without taking it over: valid while the object lives and nobody resizes it. The GIL must be
+// held.
+Refusal read_object(PyObject *object, DLTensor *out);
 
 // What makes `object` impossible to export ("a sparse tensor"), found after an export failed. The GIL must be held.
 const char *name_unsupported(PyObject *object);

@@ -15,6 +15,7 @@
 namespace epmoe::post_reorder {
 namespace {
 
+constexpr int64_t kMaxSize = INT32_MAX;
 constexpr const char *kNumericsChoices[] = {"fp32", "triton"};
 
 void validate(const Call &call) {
@@ -26,6 +27,10 @@ void validate(const Call &call) {
   if (p.start_expert_id > p.end_expert_id) {
     fail(EPMOE_ERR_VALUE, "end_expert_id", "start_expert_id (" + std::to_string(p.start_expert_id) + ") or more",
          std::to_string(p.end_expert_id), "The range is inclusive at both ends");
+  }
+  if (p.topk > kMaxSize || p.hidden > kMaxSize) {
+    fail(EPMOE_ERR_SHAPE, p.topk > kMaxSize ? "topk_weights" : "output", "sizes K and H below 2^31",
+         std::to_string(std::max(p.topk, p.hidden)), "Split the call");
   }
   if (p.rows >= static_cast<int64_t>(kNoRow)) {
     fail(EPMOE_ERR_SHAPE, "down_output", "fewer than 2^32 - 1 rows", std::to_string(p.rows), "Split the call");

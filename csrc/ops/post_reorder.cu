@@ -21,7 +21,8 @@ struct Arguments {
   const void *topk_ids;  // nullptr: a slot is local when src2dst is not negative
   const void *topk_weights;
   cuda::StatusWord *status;
-  int64_t tokens, hidden, topk;
+  int64_t tokens;
+  uint32_t hidden, topk;
   int64_t start_expert_id, end_expert_id, dst_start;
   uint32_t rows;
   float factor;
@@ -41,7 +42,7 @@ struct Slot {
 };
 
 template <typename T>
-__device__ Slot resolve_slot(const Arguments &a, int64_t token, int64_t k) {
+__device__ Slot resolve_slot(const Arguments &a, int64_t token, uint32_t k) {
   const int64_t flat = token * a.topk + k;
   const int64_t destination = gpu::load_index(a.src2dst, a.src2dst_int64, flat);
   const float weight = load_weight<T>(a, flat);
@@ -90,18 +91,19 @@ struct Accumulator<T, N, kTriton> {
 };
 
 constexpr int kMaxThreads = 128;
+constexpr int kMinBlocks = 8;  // an SM full of warps at 64 registers a thread, which the accumulators just fit
 
 // Grid: x covers the column groups of a row, y the tokens (and strides when there are more than y may count).
 template <typename T, int N, int kSlots, Numerics kNumerics, CachePolicy kPolicy>
-__global__ void __launch_bounds__(kMaxThreads) kernel(const Arguments a) {
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks) kernel(const Arguments a) {
   const unsigned lane = threadIdx.x % 32;
-  const int64_t column = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
+  const uint32_t column = (blockIdx.x * blockDim.x + threadIdx.x) * N;
   const bool inside = column < a.hidden;
   const T *rows = static_cast<const T *>(a.down_output) + column;
   for (int64_t token = blockIdx.y; token < a.tokens; token += gridDim.y) {
     Accumulator<T, N, kNumerics> sum;
 #pragma unroll 1
-    for (int64_t first = 0; first < a.topk; first += kSlots) {
+    for (uint32_t first = 0; first < a.topk; first += kSlots) {
       Slot mine{kNoRow, 0.0f};
       if (lane < kSlots && first + lane < a.topk) mine = resolve_slot<T>(a, token, first + lane);
       Vector<T, N> data[kSlots];
@@ -109,7 +111,7 @@ __global__ void __launch_bounds__(kMaxThreads) kernel(const Arguments a) {
 #pragma unroll
       for (int k = 0; k < kSlots; ++k) {
         row[k] = __shfl_sync(0xffffffffu, mine.row, k);
-        if (inside && row[k] != kNoRow) data[k] = gpu::load<kPolicy, T, N>(rows + row[k] * a.hidden);
+        if (inside && row[k] != kNoRow) data[k] = gpu::load<kPolicy, T, N>(rows + static_cast<uint64_t>(row[k]) * a.hidden);
       }
 #pragma unroll
       for (int k = 0; k < kSlots; ++k) {
@@ -180,8 +182,8 @@ void run_cuda(const Call &call) {
   a.topk_weights = call.data<const void>(kTopkWeights);
   a.status = cuda::status_word(device);
   a.tokens = p.tokens;
-  a.hidden = p.hidden;
-  a.topk = p.topk;
+  a.hidden = static_cast<uint32_t>(p.hidden);
+  a.topk = static_cast<uint32_t>(p.topk);
   a.start_expert_id = p.start_expert_id;
   a.end_expert_id = p.end_expert_id;
   a.dst_start = p.dst_start;
