@@ -84,7 +84,7 @@ export interface Native {
     empty(shape: number[], dtype: number, deviceType: number, deviceId: number): NativeTensor
     fromBuffer(buffer: ArrayBufferLike, byteOffset: number, shape: number[], dtype: number): NativeTensor
     view(handle: number, offset: number, shape: number[], dtype: number): NativeTensor
-    dispose(handle: number): boolean
+    dispose(handle: number, detach: boolean): boolean
     buffer(handle: number): { buffer: ArrayBuffer; byteOffset: number }
     copy(destination: number, source: number): number
     count(): { cpu: Count; cuda: Count }

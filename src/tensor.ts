@@ -1,3 +1,4 @@
+import { constants } from 'node:buffer'
 import { type Device, type DeviceLike, deviceName, dl, parseDevice } from './device.js'
 import { type DType, type TypedArray, dtypeFacts, dtypeName, dtypeOfArray } from './dtype.js'
 import { EpmoeError, describeValue } from './errors.js'
@@ -208,9 +209,14 @@ export class Tensor implements Disposable {
     this.#requireContiguous('data')
     const { array, itemsize } = dtypeFacts(this.dtype, 'data')
     if (this.nbytes === 0) return new array(new ArrayBuffer(0), 0, 0)
-    if (this.#buffer !== undefined) {
-      const address = native().tensor.buffer(handle)
-      return new array(this.#buffer, address.byteOffset, this.nbytes / itemsize)
+    if (this.nbytes > constants.MAX_LENGTH) {
+      throw new EpmoeError({
+        code: 'ERR_UNSUPPORTED_TENSOR',
+        op: 'data',
+        expected: `at most ${constants.MAX_LENGTH} bytes, the longest buffer of Node ${process.version}`,
+        received: `${this.nbytes} bytes`,
+        hint: 'Take the data of parts: tensor.view(shape, offset).data',
+      })
     }
     const { buffer, byteOffset } = native().tensor.buffer(handle)
     return new array(buffer, byteOffset, this.nbytes / itemsize)
@@ -286,7 +292,7 @@ export class Tensor implements Disposable {
   dispose(): void {
     if (this.#handle < 0) return
     registry.unregister(this)
-    native().tensor.dispose(this.#handle)
+    native().tensor.dispose(this.#handle, true)
     this.#handle = -1
   }
 
@@ -370,7 +376,7 @@ export function stats(): { cpu: { tensors: number; bytes: number }; cuda: { tens
   return native().tensor.count()
 }
 
-const registry = new FinalizationRegistry<number>((handle) => native().tensor.dispose(handle))
+const registry = new FinalizationRegistry<number>((handle) => native().tensor.dispose(handle, false))
 
 function checkShape(shape: readonly number[], op: string, itemsize: number): number[] {
   const valid = Array.isArray(shape) && shape.every((size) => Number.isSafeInteger(size) && size >= 0)

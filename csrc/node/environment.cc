@@ -28,7 +28,6 @@ Environment::~Environment() {
 
 double Environment::insert(std::unique_ptr<TensorRecord> record) {
   drain();
-  ++record->storage->views;
   uint32_t index = 0;
   if (free_.empty()) {
     index = static_cast<uint32_t>(slots_.size());
@@ -50,16 +49,15 @@ TensorRecord *Environment::find(double handle) {
   return slots_[index].record.get();
 }
 
-bool Environment::erase(double handle) {
+bool Environment::erase(double handle, bool detach) {
   TensorRecord *record = find(handle);
   if (record == nullptr) return false;
   const auto index = static_cast<uint32_t>(std::fmod(handle, kIndexSpan));
-  Storage &storage = *record->storage;
-  // The last tensor takes the ArrayBuffer over its memory with it: typed arrays on it become empty, not dangling.
-  if (--storage.views == 0 && storage.owner != Storage::Owner::kBuffer && storage.buffer != nullptr) {
+  if (record->buffer != nullptr) {
     napi_value buffer = nullptr;
-    napi_get_reference_value(env, storage.buffer, &buffer);
-    if (buffer != nullptr) napi_detach_arraybuffer(env, buffer);
+    napi_get_reference_value(env, record->buffer, &buffer);
+    if (detach && buffer != nullptr) napi_detach_arraybuffer(env, buffer);
+    napi_delete_reference(env, record->buffer);
   }
   slots_[index].record.reset();
   // A slot whose generations are used up is retired rather than reused.

@@ -43,8 +43,7 @@ class Storage {
   char *data = nullptr;
   size_t nbytes = 0;
   bool read_only = false;
-  int views = 0;                  // live tensors over this storage
-  napi_ref buffer = nullptr;      // kBuffer: strong, the JavaScript owner; otherwise weak, the view handed out
+  napi_ref buffer = nullptr;  // kBuffer: the JavaScript owner
 
  private:
   Storage(Environment &environment, Owner owner);
@@ -69,6 +68,7 @@ struct TensorRecord {
   // between epmoe's streams and the framework's without anybody having to think of it.
   void *stream = nullptr;
   bool stream_known = false;
+  napi_ref buffer = nullptr;  // weak: the ArrayBuffer handed out over this tensor
 };
 
 class Environment {
@@ -80,7 +80,8 @@ class Environment {
   // Handles carry a generation, so that one kept after its tensor was disposed never reaches another tensor.
   double insert(std::unique_ptr<TensorRecord> record);
   TensorRecord *find(double handle);
-  bool erase(double handle);
+  // `detach`: typed arrays over the tensor become empty. Otherwise they keep its memory, as when the tensor was collected.
+  bool erase(double handle, bool detach);
 
   // `stream` waits for earlier work on the tensor, and becomes the stream of its latest work. CUDA tensors only.
   void follow(TensorRecord &record, void *stream);

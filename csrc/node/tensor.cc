@@ -69,34 +69,42 @@ Napi::Value view(const Napi::CallbackInfo &info) {
   return describe(environment, environment.insert(std::move(record)));
 }
 
+// (handle, whether typed arrays over it are to become empty)
 Napi::Value dispose(const Napi::CallbackInfo &info) {
-  return Napi::Boolean::New(info.Env(), Environment::of(info.Env()).erase(info[0].As<Napi::Number>().DoubleValue()));
+  const bool known = Environment::of(info.Env()).erase(info[0].As<Napi::Number>().DoubleValue(),
+                                                       info[1].As<Napi::Boolean>().Value());
+  return Napi::Boolean::New(info.Env(), known);
 }
 
-// An ArrayBuffer over the tensor's whole storage, one for each storage; {buffer, byteOffset}.
+// {buffer, byteOffset} of the tensor's elements: in the ArrayBuffer that JavaScript brought, or in one made over exactly
+// the tensor, once for each tensor. The caller has made sure that the size is one this Node can make.
 Napi::Value buffer(const Napi::CallbackInfo &info) {
   Napi::Env env = info.Env();
   TensorRecord &record = require_tensor(info, 0);
   Storage &storage = *record.storage;
-  napi_value existing = nullptr;
-  if (storage.buffer != nullptr) napi_get_reference_value(env, storage.buffer, &existing);
-  if (existing == nullptr) {
+  char *data = static_cast<char *>(record.dl.data) + record.dl.byte_offset;
+  const bool borrowed = storage.owner == Storage::Owner::kBuffer;
+  napi_value buffer = nullptr;
+  napi_ref reference = borrowed ? storage.buffer : record.buffer;
+  if (reference != nullptr) napi_get_reference_value(env, reference, &buffer);
+  if (buffer == nullptr) {
     auto *keep = new std::shared_ptr<Storage>(record.storage);
+    const size_t nbytes = static_cast<size_t>(count_of(record.shape)) * (record.dl.dtype.bits / 8);
     const napi_status status = napi_create_external_arraybuffer(
-        env, storage.data, storage.nbytes,
-        [](napi_env, void *, void *hint) { delete static_cast<std::shared_ptr<Storage> *>(hint); }, keep, &existing);
+        env, data, nbytes,
+        [](napi_env, void *, void *hint) { delete static_cast<std::shared_ptr<Storage> *>(hint); }, keep, &buffer);
     if (status != napi_ok) {
-      delete keep;
-      Environment::of(env).raise("ERR_UNSUPPORTED_TENSOR", "", "data", "a runtime that allows external ArrayBuffers",
+      // Node runs the finaliser of a buffer it failed to make, except where it makes none at all.
+      if (status == napi_no_external_buffers_allowed) delete keep;
+      Environment::of(env).raise("ERR_UNSUPPORTED_TENSOR", "data", "", "a runtime that allows external ArrayBuffers",
                                  "one that forbids them", "Copy with toHost() instead");
     }
-    if (storage.buffer != nullptr) napi_delete_reference(env, storage.buffer);
-    napi_create_reference(env, existing, 0, &storage.buffer);
+    if (record.buffer != nullptr) napi_delete_reference(env, record.buffer);
+    napi_create_reference(env, buffer, 0, &record.buffer);
   }
   Napi::Object result = Napi::Object::New(env);
-  result["buffer"] = Napi::Value(env, existing);
-  const char *data = static_cast<char *>(record.dl.data) + record.dl.byte_offset;
-  result["byteOffset"] = Napi::Number::New(env, static_cast<double>(storage.nbytes == 0 ? 0 : data - storage.data));
+  result["buffer"] = Napi::Value(env, buffer);
+  result["byteOffset"] = Napi::Number::New(env, static_cast<double>(borrowed ? data - storage.data : 0));
   return result;
 }
 

@@ -51,10 +51,12 @@ export class Guarded implements Disposable {
   }
 }
 
-/** Bytes begin to end of a tensor. A view over all of a large one would pass what a Uint8Array may count. */
+/** Bytes begin to end of a tensor; both are multiples of its element size. */
 function bytesOf(tensor: Tensor, begin: number, end: number): Uint8Array {
-  const { buffer, byteOffset } = tensor.data
-  return new Uint8Array(buffer, byteOffset + begin, Math.min(end, tensor.nbytes) - begin)
+  const itemsize = itemsizes[tensor.dtype]
+  const part = tensor.view([(Math.min(end, tensor.nbytes) - begin) / itemsize], begin / itemsize)
+  const { buffer, byteOffset, byteLength } = part.data
+  return new Uint8Array(buffer, byteOffset, byteLength)
 }
 
 const itemsizes: Record<DType, number> = {

@@ -1,4 +1,4 @@
-import type { DType } from '../dtype.js'
+import type { DType, TypedArray } from '../dtype.js'
 import type { Tensor } from '../tensor.js'
 
 /** Bits of a float's significand, the hidden one included. */
@@ -6,12 +6,28 @@ export function significantBits(dtype: DType): number {
   return dtype === 'float32' ? 24 : dtype === 'float16' ? 11 : 8
 }
 
-/** A function that gives element i of a CPU tensor as a float64. Written apart from the native conversions it checks. */
-export function toFloat64(tensor: Tensor): (index: number) => number {
-  const { data } = tensor
-  if (tensor.dtype === 'float32') return (index) => (data as Float32Array)[index]!
-  const table = tensor.dtype === 'float16' ? halves() : bfloats()
-  return (index) => table[(data as Uint16Array)[index]!]!
+/** Turns stored elements into float64. Written apart from the native conversions that it checks. */
+export function decoderOf(dtype: DType): (data: TypedArray, index: number) => number {
+  if (dtype === 'float32') return (data, index) => (data as Float32Array)[index]!
+  const table = dtype === 'float16' ? halves() : bfloats()
+  return (data, index) => table[(data as Uint16Array)[index]!]!
+}
+
+/** The rows of a large CPU tensor [R, H], in windows that a TypedArray can span. */
+export function rowsOf(tensor: Tensor): (row: number) => { data: TypedArray; offset: number } {
+  const [rows = 0, columns = 1] = tensor.shape
+  const each = Math.max(1, Math.floor(2 ** 28 / columns))
+  const windows = new Map<number, TypedArray>()
+  return (row) => {
+    const window = Math.floor(row / each)
+    const first = window * each
+    let data = windows.get(window)
+    if (data === undefined) {
+      data = tensor.view([Math.min(each, rows - first), columns], first * columns).data
+      windows.set(window, data)
+    }
+    return { data, offset: (row - first) * columns }
+  }
 }
 
 let halfTable: Float64Array | undefined

@@ -6,7 +6,7 @@ import { Guarded } from '../guard.js'
 import { presets } from '../presets.js'
 import { Random } from '../random.js'
 import { type Routing, type RoutingKind, route } from '../routing.js'
-import { significantBits, toFloat64 } from '../values.js'
+import { decoderOf, rowsOf, significantBits } from '../values.js'
 
 interface Spec {
   /** Tokens, hidden size, top-k, experts. */
@@ -135,13 +135,14 @@ function destination(spec: Spec, routing: Routing, local: Int32Array, slot: numb
 function fillRows(rows: Tensor, spec: Spec, routing: Routing, local: Int32Array): void {
   if (rows.nbytes === 0) return
   native().parity.fillNormal(rows.handleFor('fillNormal'), spec.seed, 1)
-  const data = rows.data as Uint16Array | Float32Array
+  const row = rowsOf(rows)
   // Rows of remote slots are memory nobody has written: a kernel that touches them shows NaN.
   for (let slot = 0; slot < local.length; slot++) {
-    const begin = routing.src2dst[slot]! * spec.H
-    if (local[slot] === 0) data.fill(nanBits(spec.dtype), begin, begin + spec.H)
+    if (local[slot] === 1) continue
+    const { data, offset } = row(routing.src2dst[slot]!)
+    data.fill(nanBits(spec.dtype) as never, offset, offset + spec.H)
   }
-  if (spec.values === 'special') sprinkle(data, spec.dtype)
+  if (spec.values === 'special') sprinkle(rows.data as Uint16Array | Float32Array, spec.dtype)
 }
 
 /** NaN, infinities, the largest number, the smallest subnormal and negative zero, here and there. */
@@ -191,17 +192,19 @@ function oracle(spec: Spec, inputs: Record<string, Guarded>, local: Int32Array):
   const scale = Tensor.zeros([T, H], { dtype: 'float64' })
   const sum = expected.data as Float64Array
   const magnitude = scale.data as Float64Array
-  const decode = toFloat64(inputs['down_output']!.tensor)
-  const weights = toFloat64(inputs['topk_weights']!.tensor)
+  const rows = rowsOf(inputs['down_output']!.tensor)
+  const decode = decoderOf(spec.dtype)
+  const weightOf = decoderOf(inputs['topk_weights']!.tensor.dtype)
+  const weights = inputs['topk_weights']!.tensor.data
   const src2dst = inputs['src2dst']!.tensor.data
   for (let token = 0; token < T; token++) {
     const out = token * H
     for (let slot = token * K; slot < (token + 1) * K; slot++) {
       if (local[slot] === 0) continue
-      const row = (Number(src2dst[slot]) - dstStart) * H
-      const weight = weights(slot) * factor
+      const { data, offset } = rows(Number(src2dst[slot]) - dstStart)
+      const weight = weightOf(weights, slot) * factor
       for (let column = 0; column < H; column++) {
-        const term = decode(row + column) * weight
+        const term = decode(data, offset + column) * weight
         sum[out + column]! += term
         magnitude[out + column]! += Math.abs(term)
       }
