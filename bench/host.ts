@@ -24,6 +24,8 @@ export default function host(): void {
   const rows: [string, number][] = []
   const bare = gpu === undefined ? undefined : bareLaunch()
   if (bare !== undefined) rows.push(['bare launch of an empty kernel, C++', bench.method('bare_launch', bare, calls, rounds).toJS() as number])
+  const idle = { ...asTensors, output: t1.view([0, 512]), src2dst: t2.view([0]), topkIds: t3.view([0, 8]), topkWeights: t4.view([0, 8]) }
+  rows.push(['postReorder, checks only (T = 0), Node', median(() => postReorder(idle), drain)])
   rows.push(['postReorder, five Tensors, Node', median(() => postReorder(asTensors), drain)])
   rows.push(['postReorder, five torch tensors, Node', median(() => postReorder(asTorch), drain)])
   for (const [label, time] of Object.entries(bench.method('python_calls', made, calls, rounds).toJS() as Record<string, number>)) {

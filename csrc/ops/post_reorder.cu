@@ -93,6 +93,29 @@ struct Accumulator<T, N, kTriton> {
 constexpr int kMaxThreads = 128;
 constexpr int kMinBlocks = 8;  // an SM full of warps at 64 registers a thread, which the accumulators just fit
 
+template <int kSlots>
+constexpr unsigned kAllSlots = kSlots == 32 ? 0xffffffffu : (1u << kSlots) - 1;
+
+// Adds the rows of up to kSlots slots, one of which each of the warp's first lanes holds. A skipped slot is a branch, never
+// a product with 0: its row is memory that nobody has written.
+template <bool kAllLocal, int kSlots, CachePolicy kPolicy, typename T, int N, Numerics kNumerics>
+__device__ __forceinline__ void add_slots(Accumulator<T, N, kNumerics> &sum, const T *rows, Slot mine, unsigned locals,
+                                          bool inside, const Arguments &a) {
+  Vector<T, N> data[kSlots];
+#pragma unroll
+  for (int k = 0; k < kSlots; ++k) {
+    const uint32_t row = __shfl_sync(0xffffffffu, mine.row, k);
+    if (inside && (kAllLocal || (locals >> k & 1u))) {
+      data[k] = gpu::load<kPolicy, T, N>(rows + static_cast<uint64_t>(row) * a.hidden);
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kSlots; ++k) {
+    const float weight = __shfl_sync(0xffffffffu, mine.weight, k);
+    if (kAllLocal || (locals >> k & 1u)) sum.add(data[k], weight, a.factor);
+  }
+}
+
 // Grid: x covers the column groups of a row, y the tokens (and strides when there are more than y may count).
 template <typename T, int N, int kSlots, Numerics kNumerics, CachePolicy kPolicy>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) kernel(const Arguments a) {
@@ -106,18 +129,10 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) kernel(const Argument
     for (uint32_t first = 0; first < a.topk; first += kSlots) {
       Slot mine{kNoRow, 0.0f};
       if (lane < kSlots && first + lane < a.topk) mine = resolve_slot<T>(a, token, first + lane);
-      Vector<T, N> data[kSlots];
-      uint32_t row[kSlots];
-#pragma unroll
-      for (int k = 0; k < kSlots; ++k) {
-        row[k] = __shfl_sync(0xffffffffu, mine.row, k);
-        if (inside && row[k] != kNoRow) data[k] = gpu::load<kPolicy, T, N>(rows + static_cast<uint64_t>(row[k]) * a.hidden);
-      }
-#pragma unroll
-      for (int k = 0; k < kSlots; ++k) {
-        const float weight = __shfl_sync(0xffffffffu, mine.weight, k);
-        if (row[k] != kNoRow) sum.add(data[k], weight, a.factor);
-      }
+      // Usually every slot is local: then nothing is branched on, and all loads are in flight before the first fma.
+      const unsigned locals = __ballot_sync(0xffffffffu, mine.row != kNoRow);
+      if (locals == kAllSlots<kSlots>) add_slots<true, kSlots, kPolicy>(sum, rows, mine, locals, inside, a);
+      else add_slots<false, kSlots, kPolicy>(sum, rows, mine, locals, inside, a);
     }
     if (inside) {
       gpu::store<kPolicy, T, N>(static_cast<T *>(a.output) + token * a.hidden + column, sum.result(a.factor));

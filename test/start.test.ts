@@ -1,0 +1,63 @@
+import { spawnSync } from 'node:child_process'
+import { existsSync } from 'node:fs'
+import test from 'ava'
+
+/** Runs TypeScript in a process of its own; the public API is imported as `e`. */
+function run(source: string, environment: Record<string, string> = {}) {
+  const program = `import * as e from 'epmoe'\n${source}`
+  const result = spawnSync(
+    process.execPath,
+    ['--conditions=epmoe-source', '--import=tsx', '--input-type=module', '--eval', program],
+    { encoding: 'utf8', env: { ...process.env, ...environment } },
+  )
+  return { ...result, output: result.stdout + result.stderr }
+}
+
+test('importing epmoe and running an op starts no Python', (t) => {
+  const { status, output } = run(`
+    const z = (shape, dtype = 'float32') => e.Tensor.zeros(shape, { dtype })
+    e.postReorder({ downOutput: z([2, 8]), output: z([1, 8]), src2dst: z([2], 'int32'), topkWeights: z([1, 2]) })
+    const maps = (await import('node:fs')).readFileSync('/proc/self/maps', 'utf8')
+    console.log(/libpython|pymport/.test(maps) ? 'python' : 'none')`)
+  t.is(status, 0, output)
+  t.regex(output, /^none$/m)
+})
+
+test('an interpreter that does not exist is named', (t) => {
+  const { output } = run(`try { e.startPython({ python: '/no/such/python' }) } catch (x) { console.log(x.code, x.message) }`)
+  t.regex(output, /ERR_PYTHON_START .*\/no\/such\/python \(from option\)/)
+})
+
+test('EPMOE_PYTHON is used, and told when it does not run', (t) => {
+  const { output } = run(`try { e.startPython() } catch (x) { console.log(x.code, x.message) }`, { EPMOE_PYTHON: '/bin/false' })
+  t.regex(output, /ERR_PYTHON_START .*\/bin\/false \(from EPMOE_PYTHON\)/)
+})
+
+// A worker on Node 20 cannot have the TypeScript loader, so it takes the compiled package.
+const compiled = existsSync(new URL('../dist/index.js', import.meta.url)) ? test : test.skip
+compiled('a worker may use the kernels but not start Python', (t) => {
+  const { status, output } = run(`
+    const { Worker } = await import('node:worker_threads')
+    const source = "import('epmoe').then((e) => { try { e.startPython() } catch (x) { console.log(x.code) } console.log(String(e.Tensor.zeros([2]))) })"
+    const worker = new Worker(source, { eval: true, execArgv: [] })
+    await new Promise((resolve) => worker.on('exit', resolve))`)
+  t.is(status, 0, output)
+  t.regex(output, /ERR_PYTHON_START/)
+  t.regex(output, /Tensor\(float32\[2\] on cpu\)/)
+})
+
+test('a process that used torch ends by itself, with code 0', (t) => {
+  const { status, signal, output } = run(`
+    const py = e.startPython()
+    const x = py.import('torch').method('ones', 4)
+    const kept = e.Tensor.fromTorch(x)
+    const own = e.Tensor.zeros([4]).toTorch()
+    console.log('done', kept.numel, String(own))`)
+  t.is(signal, null)
+  t.is(status, 0, output)
+  t.regex(output, /done 4/)
+})
+
+test('process.exit keeps its code with Python loaded', (t) => {
+  t.is(run(`e.startPython().import('torch'); process.exit(7)`).status, 7)
+})
