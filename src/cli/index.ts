@@ -3,7 +3,7 @@ import { Command, CommanderError } from 'commander'
 import { env } from '../env.js'
 import { EpmoeError } from '../errors.js'
 import { packageVersion } from '../package-root.js'
-import { type Verb, exitCodes } from './verb.js'
+import { exitCodes, type Verb } from './verb.js'
 
 /** Every verb is a module in verbs/, found by listing the folder. */
 async function verbs(): Promise<Verb[]> {
@@ -24,7 +24,7 @@ for (const verb of await verbs()) {
   const command = program.command(verb.name).description(verb.summary).exitOverride().showHelpAfterError()
   verb.configure(command)
   command.action(async (...args: unknown[]) => {
-    process.exitCode = await verb.run(command.opts() as never, args.slice(0, -2) as string[])
+    process.exitCode = await verb.run(command.opts<never>(), args.slice(0, -2) as string[])
   })
 }
 

@@ -22,7 +22,8 @@ export function wholeNumbers(option: string, least: number) {
   return (text: string): number[] =>
     text.split(',').map((part) => {
       const value = Number(part)
-      if (!/^\d+$/.test(part.trim()) || value < least) throw usageError(option, `whole numbers from ${least} on, separated by commas`, text)
+      if (!/^\d+$/.test(part.trim()) || value < least)
+        throw usageError(option, `whole numbers from ${least} on, separated by commas`, text)
       return value
     })
 }

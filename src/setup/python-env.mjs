@@ -1,74 +1,63 @@
 // The Python environment: the one that EPMOE_PYTHON names, as it is, or a venv of our own with what we need.
-import { existsSync } from 'node:fs'
-import { pythonVersion, findPython, minor } from './find-python.mjs'
-import { requireEmbedding } from './node-modules.mjs'
+import { findPython, minor, pythonVersion } from './find-python.mjs'
+import { embeddedPython } from './pymport.mjs'
 import { settings } from './settings.mjs'
-import { fresh, hashOf, mark } from './stamp.mjs'
-import { Missing, inRoot, install, probe, root, run } from './step.mjs'
+import { inRoot, install, Missing, probe, root } from './step.mjs'
+import { makeVenv, versionOf } from './venv.mjs'
 
 const needed = ['torch', 'triton', 'numpy']
 
-/** @returns {Promise<string>} a remark */
+/** @returns {Promise<{ remark: string, python: string }>} */
 export async function preparePython() {
   return settings.python === undefined ? ownVenv() : existing(settings.python)
 }
 
 /** @param {string} named */
 function existing(named) {
-  const found = findPython({ fromEnvironment: named, packageRoot: root })
-  const python = found?.python ?? named
+  const python = findPython({ fromEnvironment: named, packageRoot: root })?.python ?? named
   const version = pythonVersion(python)
+  const libpython = embeddedPython()
   if (version === undefined) throw new Missing(`EPMOE_PYTHON=${named} does not run`, 'name an interpreter that does')
-  requireVersion(python, version)
+  if (libpython !== undefined && minor(version) !== libpython) {
+    throw new Missing(
+      `${python} is Python ${version}, but pymport is built with libpython ${libpython}`,
+      `name an interpreter of Python ${libpython}, or remove node_modules/pymport/lib/binding and try again`,
+    )
+  }
   const check = `import importlib.util as u; print(" ".join(n for n in ${JSON.stringify(needed)} if u.find_spec(n) is None))`
   const missing = probe(python, ['-c', check])
   if (missing) {
     throw new Missing(
       `the environment of ${python} lacks ${missing.split(' ').join(', ')}; it is yours, so nothing is installed into it`,
-      `${python} -m pip install -r python/requirements.txt`,
+      `${python} -m pip install ${missing === needed.join(' ') ? '-r python/requirements.txt' : missing}`,
     )
   }
-  return `${python} (${version})`
+  return { remark: `${python}, ${version}`, python }
 }
 
 async function ownVenv() {
-  const python = inRoot('.venv/bin/python')
-  const requirements = inRoot('python/requirements.txt')
-  const libpython = requireEmbedding()
-  const value = hashOf([requirements], [libpython])
-  const stamp = inRoot('.venv/.epmoe-stamp')
-  if (existsSync(python) && fresh(stamp, value)) return 'unchanged'
-  const base = interpreterOf(libpython)
-  await run(base, ['-m', 'venv', '--clear', inRoot('.venv')], {
-    remedy: install({ 'apt-get': 'python3-venv', dnf: 'python3', brew: 'python' }),
+  const version = embeddedPython()
+  if (version === undefined) throw new Missing('it is not known which libpython pymport links', 'npm rebuild pymport')
+  return makeVenv({
+    folder: inRoot('.venv'),
+    requirements: inRoot('python/requirements.txt'),
+    version,
+    base: () => interpreterOf(version),
   })
-  await run(python, ['-m', 'pip', 'install', '--disable-pip-version-check', '--retries', '1', '-r', requirements], {
-    remedy: 'check that pip reaches its index, or name an environment that has torch and triton: EPMOE_PYTHON=/path/to/python',
-  })
-  mark(stamp, value)
-  return `made with ${base}`
 }
 
-/** An interpreter of libpython's own version: others would not find its packages. @param {string} libpython `3.11` */
-function interpreterOf(libpython) {
+/** An interpreter of libpython's own version: the packages of others do not load in it. @param {string} version `3.11` */
+function interpreterOf(version) {
   const prefix = probe('pkg-config', ['--variable=exec_prefix', 'python3-embed'])
-  const candidates = [`${prefix ?? '/usr'}/bin/python${libpython}`, `python${libpython}`, 'python3']
-  for (const candidate of candidates) {
-    const version = probe(candidate, ['-c', 'import sys; print("%d.%d" % sys.version_info[:2])'])
-    if (version === libpython) return candidate
-  }
+  const candidates = [`${prefix ?? '/usr'}/bin/python${version}`, `python${version}`, 'python3']
+  const found = candidates.find((candidate) => versionOf(candidate) === version)
+  if (found !== undefined) return found
   throw new Missing(
-    `libpython is ${libpython}, but no interpreter of that version was found (tried ${candidates.join(', ')})`,
-    install({ 'apt-get': `python${libpython} python${libpython}-venv`, dnf: `python${libpython}`, brew: `python@${libpython}` }),
-  )
-}
-
-/** @param {string} python @param {string} version */
-function requireVersion(python, version) {
-  const libpython = probe('pkg-config', ['--modversion', 'python3-embed'])
-  if (libpython === undefined || minor(version) === minor(libpython)) return
-  throw new Missing(
-    `${python} is Python ${version}, but pymport is built against libpython ${libpython}`,
-    `put the pkg-config of Python ${minor(version)} first (PKG_CONFIG_PATH) and run \`npm rebuild pymport\`, or choose a Python ${libpython}`,
+    `libpython is ${version}, but there is no interpreter of that version (tried ${candidates.join(', ')})`,
+    install({
+      'apt-get': `python${version} python${version}-venv`,
+      dnf: `python${version}`,
+      brew: `python@${version}`,
+    }),
   )
 }

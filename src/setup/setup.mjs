@@ -1,8 +1,11 @@
-// Installs and builds whatever is missing, and nothing else.
-import { installNodeModules, buildPymport } from './node-modules.mjs'
+// Installs and builds whatever is missing, and nothing else. Arguments are a program for node to run afterwards, with
+// the environment that was prepared: node src/setup/setup.mjs src/cli/bin.mjs parity
+import { spawn } from 'node:child_process'
 import { buildNative } from './native.mjs'
+import { installNodeModules } from './node-modules.mjs'
+import { buildPymport } from './pymport.mjs'
 import { preparePython } from './python-env.mjs'
-import { Missing, explain, step } from './step.mjs'
+import { explain, Missing, root, step } from './step.mjs'
 import { compileTypeScript } from './typescript.mjs'
 
 try {
@@ -13,8 +16,20 @@ try {
   await step('npm packages', installNodeModules)
   await step('pymport', buildPymport)
   await step('native library and addon', buildNative)
-  await step('Python environment', preparePython)
+  const { python } = await step('Python environment', preparePython)
   await step('TypeScript', compileTypeScript)
+  const program = process.argv.slice(2)
+  if (program.length > 0) {
+    const child = spawn(process.execPath, program, {
+      cwd: root,
+      env: { ...process.env, EPMOE_PYTHON: python },
+      stdio: 'inherit',
+    })
+    for (const signal of /** @type {const} */ (['SIGINT', 'SIGTERM'])) process.on(signal, () => child.kill(signal))
+    child.on('exit', (code) => {
+      process.exitCode = code ?? 1
+    })
+  }
 } catch (error) {
   explain(error)
 }
