@@ -15,11 +15,18 @@ constexpr epmoe_dtype_info kDtypes[EPMOE_DTYPE_COUNT] = {
 }  // namespace
 
 int32_t dtype_of(DLDataType dl) {
-  for (int32_t i = 0; i < EPMOE_DTYPE_COUNT; ++i) {
-    const DLDataType &known = kDtypes[i].dl;
-    if (known.code == dl.code && known.bits == dl.bits && known.lanes == dl.lanes) return i;
+  if (dl.lanes != 1) return -1;
+  switch (dl.code << 8 | dl.bits) {  // on the path of every call: a search of the table would show
+    case kDLFloat << 8 | 32: return EPMOE_FLOAT32;
+    case kDLFloat << 8 | 16: return EPMOE_FLOAT16;
+    case kDLBfloat << 8 | 16: return EPMOE_BFLOAT16;
+    case kDLFloat8_e4m3fn << 8 | 8: return EPMOE_FLOAT8_E4M3FN;
+    case kDLInt << 8 | 32: return EPMOE_INT32;
+    case kDLInt << 8 | 64: return EPMOE_INT64;
+    case kDLUInt << 8 | 8: return EPMOE_UINT8;
+    case kDLFloat << 8 | 64: return EPMOE_FLOAT64;
+    default: return -1;
   }
-  return -1;
 }
 
 std::string dtype_name(DLDataType dl) {

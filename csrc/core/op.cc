@@ -20,12 +20,10 @@ std::map<std::string, CudaLaunch> &registered_cuda() {
   return launches;
 }
 
-int16_t axis_index(OpEntry &entry, const std::string &name) {
-  auto &names = entry.axis_names;
-  const auto found = std::find(names.begin(), names.end(), name);
-  if (found != names.end()) return static_cast<int16_t>(found - names.begin());
-  names.push_back(name);
-  return static_cast<int16_t>(names.size() - 1);
+int16_t axis_index(const OpEntry &entry, const std::string &name) {
+  const auto found = std::find(entry.axis_names.begin(), entry.axis_names.end(), name);
+  if (found == entry.axis_names.end()) throw std::logic_error("axis " + name + " is not declared");
+  return static_cast<int16_t>(found - entry.axis_names.begin());
 }
 
 std::vector<std::string> split(const std::string &text, char separator) {
@@ -38,7 +36,7 @@ std::vector<std::string> split(const std::string &text, char separator) {
   return parts;
 }
 
-std::vector<ShapePattern> parse_shape(OpEntry &entry, const char *text) {
+std::vector<ShapePattern> parse_shape(const OpEntry &entry, const char *text) {
   std::vector<ShapePattern> alternatives;
   for (const std::string &alternative : split(text, '|')) {
     ShapePattern pattern;
@@ -68,6 +66,7 @@ Table build_table() {
     auto entry = std::make_unique<OpEntry>();
     entry->op = op;
     entry->index = static_cast<int32_t>(table.size());
+    entry->axis_names.assign(op->axes.begin(), op->axes.end());
     const auto cuda = registered_cuda().find(op->name);
     if (cuda != registered_cuda().end()) entry->run_cuda = cuda->second;
     for (const epmoe_param &param : op->params) {
@@ -150,13 +149,6 @@ epmoe_param optional(epmoe_param param) {
 RegisterOp::RegisterOp(const Op *op) { registered_ops().push_back(op); }
 
 RegisterCuda::RegisterCuda(const char *name, CudaLaunch launch) { registered_cuda()[name] = launch; }
-
-int64_t Call::axis(std::string_view name) const {
-  for (size_t i = 0; i < entry->axis_names.size(); ++i) {
-    if (entry->axis_names[i] == name) return axes[i];
-  }
-  throw std::logic_error("no axis " + std::string(name));
-}
 
 const OpEntry *find_entry(const epmoe_op_info *info) {
   for (const auto &entry : table()) {

@@ -6,7 +6,6 @@
 
 #include <cstdint>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "core/dtype.h"
@@ -40,7 +39,7 @@ struct Call {
   int32_t dtypes[kMaxParams];
   int64_t integers[kMaxParams];  // integers and enums
   double reals[kMaxParams];
-  int64_t axes[kMaxAxes];
+  int64_t axes[kMaxAxes];     // lengths, in the order of Op::axes
   DLDevice device{kDLCPU, 0};
   void *stream = nullptr;
 
@@ -50,12 +49,12 @@ struct Call {
     if (!present[param]) return nullptr;
     return reinterpret_cast<T *>(static_cast<char *>(tensors[param].data) + tensors[param].byte_offset);
   }
-  int64_t axis(std::string_view name) const;
 };
 
 struct Op {
   const char *name;
   const char *doc;
+  std::vector<const char *> axes;  // the names that shapes use; an op indexes Call::axes by this order
   std::vector<epmoe_param> params;
   void (*validate)(const Call &);  // what the descriptor cannot say; throws; may be nullptr
   void (*run_cpu)(const Call &);

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 
 #include "core/cuda.h"
@@ -154,12 +155,35 @@ static __device__ __forceinline__ void report_index(cuda::StatusWord *word, int3
 
 inline bool aligned16(const void *pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-template <typename Kernel, typename Arguments>
-void launch(Kernel kernel, dim3 grid, dim3 block, void *stream, const Arguments &arguments) {
-  void *parameters[] = {const_cast<Arguments *>(&arguments)};
-  cuda::expect_success(cudaLaunchKernel(reinterpret_cast<const void *>(kernel), grid, block, parameters, 0,
-                                        static_cast<cudaStream_t>(stream)),
-                       "launching a kernel");
+// A kernel as launches name it. The runtime looks a function's address up at every launch; the handle that look-up gives
+// is kept, which saves a good part of a microsecond.
+class Kernel {
+ public:
+  explicit Kernel(const void *function) : function_(function) {}
+
+  template <typename Arguments>
+  void launch(dim3 grid, dim3 block, void *stream, const Arguments &arguments) {
+    cudaKernel_t kernel = kernel_.load(std::memory_order_relaxed);
+    if (kernel == nullptr) {
+      cuda::expect_success(cudaGetKernel(&kernel, function_), "finding a kernel");
+      kernel_.store(kernel, std::memory_order_relaxed);
+    }
+    void *parameters[] = {const_cast<Arguments *>(&arguments)};
+    cuda::expect_success(cudaLaunchKernel(reinterpret_cast<const void *>(kernel), grid, block, parameters, 0,
+                                          static_cast<cudaStream_t>(stream)),
+                         "launching a kernel");
+  }
+
+ private:
+  const void *function_;
+  std::atomic<cudaKernel_t> kernel_{nullptr};
+};
+
+// The one Kernel of a __global__ function.
+template <auto *kFunction>
+Kernel &kernel_of() {
+  static Kernel kernel(reinterpret_cast<const void *>(kFunction));
+  return kernel;
 }
 
 }  // namespace epmoe::gpu

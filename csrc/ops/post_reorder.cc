@@ -180,6 +180,7 @@ const Op kOp = {
     "routed_scaling_factor * sum over slots k of topk_weights[t,k] * down_output[src2dst[t,k] - dst_start]. Slots of "
     "experts outside [start_expert_id, end_expert_id] are skipped, their rows never read; a token without local slots "
     "gets zeros.",
+    {"R", "H", "T", "K"},
     {
         tensor_in("down_output", "...R,H", kActivations,
                   "Rows of the experts' outputs; rows of skipped slots may be uninitialised."),

@@ -140,18 +140,19 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) kernel(const Argument
   }
 }
 
-using Kernel = void (*)(Arguments);
+using gpu::Kernel;
+using gpu::kernel_of;
 
 template <typename T, int N, Numerics kNumerics, CachePolicy kPolicy>
-Kernel for_slots(int64_t topk) {
-  if (topk == 1) return kernel<T, N, 1, kNumerics, kPolicy>;
-  if (topk == 2) return kernel<T, N, 2, kNumerics, kPolicy>;
-  if (topk <= 4) return kernel<T, N, 4, kNumerics, kPolicy>;
-  return kernel<T, N, 8, kNumerics, kPolicy>;
+Kernel &for_slots(int64_t topk) {
+  if (topk == 1) return kernel_of<&kernel<T, N, 1, kNumerics, kPolicy>>();
+  if (topk == 2) return kernel_of<&kernel<T, N, 2, kNumerics, kPolicy>>();
+  if (topk <= 4) return kernel_of<&kernel<T, N, 4, kNumerics, kPolicy>>();
+  return kernel_of<&kernel<T, N, 8, kNumerics, kPolicy>>();
 }
 
 template <typename T>
-Kernel choose(int64_t topk, Numerics numerics, bool vectors, bool streaming) {
+Kernel &choose(int64_t topk, Numerics numerics, bool vectors, bool streaming) {
   constexpr int kLanes = 16 / sizeof(T);
   // In float32 the original's arithmetic is the default's, unless a factor is folded into the weights.
   if (numerics == kTriton) {
@@ -164,7 +165,7 @@ Kernel choose(int64_t topk, Numerics numerics, bool vectors, bool streaming) {
                    : for_slots<T, kLanes, kFp32, CachePolicy::kCached>(topk);
 }
 
-Kernel choose(int32_t dtype, int64_t topk, Numerics numerics, bool vectors, bool streaming) {
+Kernel &choose(int32_t dtype, int64_t topk, Numerics numerics, bool vectors, bool streaming) {
   switch (dtype) {
     case EPMOE_FLOAT32: return choose<float>(topk, numerics, vectors, streaming);
     case EPMOE_FLOAT16: return choose<__half>(topk, numerics, vectors, streaming);
@@ -217,8 +218,8 @@ void run_cuda(const Call &call) {
   const int threads = threads_for(groups);
   const dim3 grid(static_cast<unsigned>((groups + threads - 1) / threads),
                   static_cast<unsigned>(std::min<int64_t>(p.tokens, 65535)));
-  gpu::launch(choose(call.dtypes[kDownOutput], p.topk, p.numerics, vectors, streaming), grid,
-              dim3(static_cast<unsigned>(threads)), call.stream, a);
+  choose(call.dtypes[kDownOutput], p.topk, p.numerics, vectors, streaming)
+      .launch(grid, dim3(static_cast<unsigned>(threads)), call.stream, a);
 }
 
 const RegisterCuda kRegistered("post_reorder", run_cuda);

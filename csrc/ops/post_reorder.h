@@ -17,6 +17,7 @@ enum Param {
   kRoutedScalingFactor,
   kNumerics,
 };
+enum Axis { kRows, kHidden, kTokens, kTopk };
 enum Numerics { kFp32, kTriton };
 
 // A row index that no slot has: a remote expert's slot, or one that was reported and skipped.
@@ -30,10 +31,10 @@ struct Problem {
 };
 
 inline Problem problem_of(const Call &call) {
-  return {call.axis("T"),
-          call.axis("H"),
-          call.axis("K"),
-          call.axis("R"),
+  return {call.axes[kTokens],
+          call.axes[kHidden],
+          call.axes[kTopk],
+          call.axes[kRows],
           call.integers[kStartExpertId],
           call.integers[kEndExpertId],
           call.integers[kDstStart],

@@ -24,7 +24,7 @@ export interface Problem extends Disposable {
   /** Fresh, poisoned outputs. */
   outputs(): Record<string, Guarded>
   scalars: Record<string, number>
-  /** The truth in float64. */
+  /** The truth in float64; belongs to the case, which may keep it for the next. */
   oracle(): Oracle
   /** Bounds that hold by the arithmetic, in units in the last place at the magnitude of the sum of absolute terms. */
   bounds: { fp32: number; triton: number; reference: number }

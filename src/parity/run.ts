@@ -69,7 +69,7 @@ class ParityRun {
 
   case(each: Case): void {
     using problem = each.build()
-    using oracle = problem.oracle()
+    const oracle = problem.oracle()
     const copies = new Map<Device, Record<string, Guarded>>([['cpu', problem.inputs]])
     const inputsOn = (device: Device) => {
       if (!copies.has(device)) copies.set(device, mapValues(problem.inputs, (input) => input.to(device)))

@@ -3,6 +3,7 @@ import { native } from '../../native.js'
 import { Tensor } from '../../tensor.js'
 import type { Case, GridOptions, OpCases, Oracle, Problem, Spoiler } from '../case.js'
 import { Guarded } from '../guard.js'
+import { Kept } from '../kept.js'
 import { presets } from '../presets.js'
 import { Random } from '../random.js'
 import { type Routing, type RoutingKind, route } from '../routing.js'
@@ -99,8 +100,11 @@ function build(spec: Spec): Problem {
     if (local[slot] === 0 && random.below(4) === 0) routing.topkIds[slot] = -1
   }
   const rows = T * K
-  const downOutput = Guarded.create([rows, H], spec.dtype, spec.shift)
-  fillRows(downOutput.tensor, spec, routing, local)
+  const downOutput = keptRows.get({ ...spec, ids: 'int32', weights: 'float32', factor: 1 }, () => {
+    const made = Guarded.create([rows, H], spec.dtype, spec.shift)
+    fillRows(made.tensor, spec, routing, local)
+    return made
+  })
   const weightsDtype = spec.weights === 'same' ? spec.dtype : 'float32'
   const inputs: Record<string, Guarded> = {
     down_output: downOutput,
@@ -117,14 +121,18 @@ function build(spec: Spec): Problem {
     inputs,
     outputs: () => ({ output: Guarded.create([T, H], spec.dtype, spec.shift) }),
     scalars,
-    oracle: () => oracle(spec, inputs, local),
+    oracle: () => keptOracle.get({ ...spec, ids: 'int32' }, () => oracle(spec, inputs, local)),
     bounds: boundsOf(spec),
     spoilers: spoilersOf(spec, local),
     [Symbol.dispose]: () => {
-      for (const input of Object.values(inputs)) input[Symbol.dispose]()
+      for (const input of Object.values(inputs)) if (input !== downOutput) input[Symbol.dispose]()
     },
   }
 }
+
+/** Cases that differ in the dtype of their indices alone share the data and its oracle, which take most of the time. */
+const keptRows = new Kept<Spec, Guarded>()
+const keptOracle = new Kept<Spec, Oracle>()
 
 /** DeepEP marks remote slots by any negative number, not only -1. */
 function destination(spec: Spec, routing: Routing, local: Int32Array, slot: number): number {
@@ -316,9 +324,9 @@ function grid(options: GridOptions): Case[] {
     for (const T of options.tokens)
       for (const dtype of options.dtypes)
         for (const ep of options.ep)
-          for (const ids of options.idsDtypes)
+          for (const routing of options.routings)
             for (const weights of options.weightsDtypes)
-              for (const routing of options.routings)
+              for (const ids of options.idsDtypes)
                 if (!(dtype === 'float32' && weights === 'same' && options.weightsDtypes.includes('float32')))
                   specs.push({ ...defaults, ...shape, T, dtype, ep, ids, weights, routing, seed: options.seed })
   return specs.map(caseOf)

@@ -1,0 +1,15 @@
+// Run in a process of its own: loads the addon and tells what it finds.
+import { deviceFacts, devices } from '../device.js'
+import { native } from '../native.js'
+import type { NativeFacts } from './native.js'
+import { marker } from './outcome.js'
+
+const { version, device } = native()
+const facts: NativeFacts = {
+  version,
+  cudaCompiled: device.cudaCompiled,
+  gpus: devices()
+    .filter((name) => name !== 'cpu')
+    .map((name) => deviceFacts(name)),
+}
+console.log(marker + JSON.stringify(facts))
