@@ -35,9 +35,9 @@ async function examineBridge(): Promise<Finding> {
 
 function abilitiesOf(findings: Finding[], native?: NativeFacts, python?: PythonFacts): Ability[] {
   /** Works when none of these fails; otherwise the first reason counts. */
-  const ability = (name: string, needs: string[], ...obstacles: (string | false)[]): Ability => {
+  const ability = (name: string, needs: string[], ...obstacles: (string | false | null | undefined)[]): Ability => {
     const failed = findings.find((finding) => needs.includes(finding.name) && finding.state === 'fail')
-    const why = failed === undefined ? obstacles.find((each) => each !== false) : `${failed.name}: ${failed.value}`
+    const why = failed === undefined ? obstacles.find((each) => each) : `${failed.name}: ${failed.value}`
     return { name, works: why === undefined, why: why || '' }
   }
   const kernels = ['Node', 'npm packages', 'addon', 'libepmoe']
@@ -46,7 +46,7 @@ function abilitiesOf(findings: Finding[], native?: NativeFacts, python?: PythonF
   const noCuda = native?.cudaCompiled !== true && 'the library is built without CUDA'
   const noGpu = native?.gpus.length === 0 && 'there is no GPU'
   const interprets = python?.torch.available !== true && 'torch reaches no GPU, so Triton interprets'
-  const noOriginal = python !== undefined && python.sglang.problem !== null && python.sglang.problem
+  const noOriginal = python?.sglang.problem
   return [
     ability('kernels on the CPU, from TypeScript', kernels),
     ability('kernels on CUDA, from TypeScript', kernels, noCuda, noGpu),

@@ -19,21 +19,26 @@ export function outcomeOf(command: string, args: string[], environment: NodeJS.P
     const child = spawn(command, args, {
       env: { ...process.env, ...environment },
       stdio: ['ignore', 'pipe', 'pipe'],
-      timeout: 120_000,
     })
+    const limit = setTimeout(() => child.kill('SIGKILL'), 120_000)
     let stdout = ''
     let stderr = ''
     child.stdout.on('data', (chunk) => (stdout += chunk))
     child.stderr.on('data', (chunk) => (stderr += chunk))
-    child.on('error', (error) => resolve({ facts: undefined, stdout, problem: error.message }))
+    child.on('error', (error) => {
+      clearTimeout(limit)
+      resolve({ facts: undefined, stdout: '', problem: error.message })
+    })
     child.on('close', (code, signal) => {
+      clearTimeout(limit)
       const line = stdout.split('\n').find((each) => each.startsWith(marker))
       const ending = signal === null ? `ended with code ${code}` : `was ended by ${signal}`
-      const last = stderr.trim().split('\n').at(-1) ?? ''
+      const said = stderr.trim().split('\n')
+      const error = said.find((each) => /^\w*(Error|Exception)\b.*:/.test(each)) ?? said.at(-1) ?? ''
       resolve({
         facts: code === 0 && line !== undefined ? JSON.parse(line.slice(marker.length)) : undefined,
         stdout: code === 0 ? stdout : '',
-        problem: last === '' ? `${command} ${ending}` : last,
+        problem: signal !== null || error === '' ? `${command} ${ending}` : error,
       })
     })
   })

@@ -1,12 +1,13 @@
 // Stamps make a step quick when nothing it depends on has changed.
 import { createHash } from 'node:crypto'
 import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
-import { dirname, join } from 'node:path'
+import { dirname, join, relative } from 'node:path'
+import { root } from './step.mjs'
 
 /** @param {string[]} files @param {string[]} facts @returns {string} */
 export function hashOf(files, facts = []) {
   const hash = createHash('sha256')
-  for (const file of files) hash.update(file).update('\0').update(readFileSync(file)).update('\0')
+  for (const file of files) hash.update(relative(root, file)).update('\0').update(readFileSync(file)).update('\0')
   for (const fact of facts) hash.update(fact).update('\0')
   return hash.digest('hex')
 }
