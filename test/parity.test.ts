@@ -1,0 +1,113 @@
+import { spawnSync } from 'node:child_process'
+import { mkdtempSync, readFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import test from 'ava'
+import type { Report } from '../src/parity/result.js'
+import { succeeded } from '../src/parity/result.js'
+import { loadCases } from '../src/parity/run.js'
+
+const bin = fileURLToPath(new URL('../src/cli/bin.mjs', import.meta.url))
+const folder = mkdtempSync(join(tmpdir(), 'epmoe-parity-'))
+
+function epmoe(...args: string[]) {
+  return spawnSync(process.execPath, [bin, ...args], { encoding: 'utf8' })
+}
+
+test('the standard run passes, detects every control, and reports in the documented shape', (t) => {
+  const json = join(folder, 'standard.json')
+  const junit = join(folder, 'standard.xml')
+  const { status, stdout, stderr } = epmoe('parity', '--backend', 'cpu,cpu:triton-numerics', '--json', json, '--junit', junit)
+  t.is(status, 0, stdout + stderr)
+  const report = JSON.parse(readFileSync(json, 'utf8')) as Report
+  t.is(report.schema, 'epmoe.parity/1')
+  t.true(report.summary.total > 400)
+  t.is(report.summary.passed, report.summary.total)
+  t.is(report.summary.failed, 0)
+  t.is(report.summary.total, report.cases.length)
+  t.true(report.controls.length >= 50)
+  t.true(report.controls.every(({ detected }) => detected))
+  for (const { name, op, backend, reference, tier, passed, metrics } of report.cases) {
+    t.deepEqual([name, op, backend, reference, tier].map((field) => typeof field), ['string', 'string', 'string', 'string', 'string'])
+    t.is(typeof passed, 'boolean')
+    t.deepEqual(Object.keys(metrics).sort(), ['maxAbs', 'maxUlp', 'mismatched', 'referenceRelL2', 'relL2', 'total'])
+  }
+  // Every kind of hazard has been met by every dtype.
+  for (const dtype of ['float32', 'float16', 'bfloat16']) {
+    for (const hazard of ['gate=dst', 'values=special', 'shift=1', 'ep=8', 'T=0,', 'dstStart=1000', 'factor=0.3', 'ids=int64', 'weights=same', 'H=7,', 'K=1,']) {
+      t.true(report.cases.some(({ name }) => name.includes(`dtype=${dtype}`) && name.includes(hazard)), `${dtype} ${hazard}`)
+    }
+  }
+  t.true(report.cases.some(({ name }) => name.includes('T=70000')))
+  t.regex(stdout, /\d+ passed, 0 failed, \d+ skipped in/)
+  const xml = readFileSync(junit, 'utf8')
+  t.is([...xml.matchAll(/<testcase /g)].length, report.cases.length + report.controls.length + report.skips.length)
+  t.regex(xml, /failures="0"/)
+})
+
+test('the default is more accurate than the original arithmetic, in every 16-bit case with two local slots or more', (t) => {
+  const json = join(folder, 'accuracy.json')
+  const { status, stdout } = epmoe('parity', '--backend', 'cpu', '--reference', 'triton', '--hidden', '512,999', '--topk', '2,8', '--tokens', '16', '--ep', '1', '--dtype', 'float16,bfloat16', '--json', json)
+  t.is(status, 0, stdout)
+  const { cases } = JSON.parse(readFileSync(json, 'utf8')) as Report
+  t.true(cases.length >= 32)
+  for (const { name, metrics } of cases) t.true(metrics.relL2 < metrics.referenceRelL2, name)
+})
+
+test('a case has one name, by which it is found again', async (t) => {
+  for (const { standard, parse } of await loadCases()) {
+    for (const { name } of standard()) t.is(parse(name)?.name, name)
+    t.is(parse('post_reorder/NOPE=3'), undefined)
+    t.is(parse('other_op/T=3'), undefined)
+  }
+})
+
+test('names do not repeat', async (t) => {
+  const names = (await loadCases()).flatMap((op) => op.standard().map(({ name }) => name))
+  t.is(new Set(names).size, names.length)
+})
+
+test('--list prints names, --only and --skip choose among them', (t) => {
+  const all = epmoe('parity', '--list').stdout.trim().split('\n')
+  const half = epmoe('parity', '--list', '--only', 'dtype=float16', '--skip', 'gate=dst').stdout.trim().split('\n')
+  t.true(half.length > 5 && half.length < all.length)
+  t.true(half.every((name) => name.includes('dtype=float16') && !name.includes('gate=dst')))
+})
+
+const misuse: [string, string[]][] = [
+  ['an unknown option', ['parity', '--nope']],
+  ['an unknown backend', ['parity', '--backend', 'tpu']],
+  ['an unknown preset', ['parity', '--preset', 'gpt-9']],
+  ['tokens that are no numbers', ['parity', '--tokens', 'many']],
+  ['an unknown op', ['parity', '--op', 'matmul']],
+  ['an unknown case', ['parity', '--case', 'post_reorder/x=1']],
+  ['a selection of nothing', ['parity', '--only', 'no such case']],
+  ['a broken pattern', ['parity', '--only', '(']],
+  ['an unknown verb', ['frobnicate']],
+]
+for (const [what, args] of misuse) {
+  test(`${what} is a usage error`, (t) => {
+    const { status, stderr } = epmoe(...args)
+    t.is(status, 2, stderr)
+    t.not(stderr, '')
+  })
+}
+
+test('a backend that is not here is an environment error', (t) => {
+  const { status, stderr } = spawnSync(process.execPath, [bin, 'parity', '--backend', 'cuda'], {
+    encoding: 'utf8',
+    env: { ...process.env, CUDA_VISIBLE_DEVICES: '' },
+  })
+  t.is(status, 3, stderr)
+})
+
+test('a run is good only when something was compared and controlled, and nothing slipped through', (t) => {
+  const summary = { total: 3, passed: 3, failed: 0, skipped: 0, controlsMissed: 0, seconds: 1 }
+  const report = { schema: 'epmoe.parity/1', environment: {}, cases: [], controls: [{ name: 'c', detected: true }], skips: [], summary } as Report
+  t.true(succeeded(report))
+  t.false(succeeded({ ...report, controls: [] }))
+  t.false(succeeded({ ...report, summary: { ...summary, total: 0 } }))
+  t.false(succeeded({ ...report, summary: { ...summary, failed: 1 } }))
+  t.false(succeeded({ ...report, summary: { ...summary, controlsMissed: 1 } }))
+})
