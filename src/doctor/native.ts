@@ -7,6 +7,7 @@ import { rebuildAddon } from './remedy.js'
 
 export interface NativeFacts {
   version: string
+  ops: string[]
   cudaCompiled: boolean
   gpus: DeviceFacts[]
 }
@@ -49,8 +50,9 @@ function addon(facts: NativeFacts | undefined, problem: string, gpus: number): F
   const file = join(nativeFolder(), 'epmoe.node')
   if (!existsSync(file)) return fail('addon', `not built: no ${file}`, rebuildAddon)
   if (facts === undefined) return fail('addon', `${file} does not load: ${problem}`, rebuildAddon)
-  if (facts.cudaCompiled) return ok('addon', `${facts.version}, with CUDA`)
-  if (gpus === 0) return ok('addon', `${facts.version}, CPU only`)
+  const ops = `ops: ${facts.ops.join(', ')}`
+  if (facts.cudaCompiled) return ok('addon', `${facts.version}, with CUDA; ${ops}`)
+  if (gpus === 0) return ok('addon', `${facts.version}, CPU only; ${ops}`)
   return warn('addon', `${facts.version}, CPU only, though there is a GPU`, `put nvcc on PATH, then ${rebuildAddon}`)
 }
 

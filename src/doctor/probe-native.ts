@@ -4,9 +4,10 @@ import { native } from '../native.js'
 import type { NativeFacts } from './native.js'
 import { marker } from './outcome.js'
 
-const { version, device } = native()
+const { version, device, ops } = native()
 const facts: NativeFacts = {
   version,
+  ops: ops().map(({ name }) => name),
   cudaCompiled: device.cudaCompiled,
   gpus: devices()
     .filter((name) => name !== 'cpu')

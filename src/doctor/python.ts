@@ -15,7 +15,7 @@ interface Package {
 export interface PythonFacts {
   version: string
   openssl: string
-  torch: Package & { cuda?: string | null; available?: boolean }
+  torch: Package & { cuda?: string | null; available?: boolean; exchange?: boolean }
   triton: Package
   numpy: Package
   sglang: { problem: string | null; version?: string; generation?: string }
@@ -89,8 +89,9 @@ function openssl(facts: PythonFacts): Finding {
 function torch({ torch: found }: PythonFacts, gpu: boolean, remedy: string): Finding {
   const finding = package_('torch', found, remedy)
   if (finding.state !== 'ok') return finding
-  if (found.available) return ok('torch', `${found.version}, CUDA ${found.cuda}`)
-  if (!gpu) return ok('torch', `${found.version}, CPU`)
+  const protocol = found.exchange ? '' : ', tensors cross by __dlpack__: no exchange table'
+  if (found.available) return ok('torch', `${found.version}, CUDA ${found.cuda}${protocol}`)
+  if (!gpu) return ok('torch', `${found.version}, CPU${protocol}`)
   const why = found.cuda === null ? 'is a build without CUDA' : 'does not reach the GPU'
   return warn('torch', `${found.version} ${why}`, `install a torch for this driver: ${remedy}`)
 }
@@ -110,7 +111,7 @@ function package_(name: string, found: Package, remedy: string): Finding {
 
 function sglang({ sglang: found }: PythonFacts): Finding {
   const remedy = 'EPMOE_SGLANG=/folder/with/sglang, or an environment with sglang 0.4.6 to 0.5.3, or 0.5.13 and later'
-  if (found.problem === null) return ok('SGLang', `${found.version}, kernel generation ${found.generation}`)
+  if (found.problem === null) return ok('SGLang', `version ${found.version}, kernel generation ${found.generation}`)
   return found.version === undefined
     ? absent('SGLang', found.problem, `${remedy}, to compare with its own kernel`)
     : warn('SGLang', found.problem, remedy)
@@ -138,7 +139,8 @@ try:
     openssl = ssl.OPENSSL_VERSION
 except ImportError:
     openssl = ""
-cuda = lambda torch: {"cuda": torch.version.cuda, "available": torch.cuda.is_available()}
+cuda = lambda torch: {"cuda": torch.version.cuda, "available": torch.cuda.is_available(),
+    "exchange": hasattr(torch.Tensor, "__dlpack_c_exchange_api__")}
 facts = {"version": sys.version.split()[0], "openssl": openssl, "torch": package("torch", cuda),
     "triton": package("triton"), "numpy": package("numpy"), "sglang": sglang()}
 print("\\n${marker}" + json.dumps(facts))
