@@ -6,7 +6,7 @@ import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { type PyRef, Tensor, devices, postReorder, startPython } from 'epmoe'
 
-const calls = 400 // fewer than a stream queues before the host has to wait
+const calls = 900 // fewer than a stream queues before the host has to wait
 const rounds = 101
 
 export default function host(): void {

@@ -105,7 +105,10 @@ def invoke(op, values, stream=None):
     if stream is None and gpu is not None:
         stream = torch.cuda.current_stream(gpu)
     mode, handle = (c.STREAM_AUTO, None) if stream is None else (c.STREAM_GIVEN, _stream_handle(op, stream))
-    status = c.library().epmoe_invoke(plan.info, plan.pointer, len(plan.kinds), mode, handle)
+    try:
+        status = c.library().epmoe_invoke(plan.info, plan.pointer, len(plan.kinds), mode, handle)
+    except Exception:
+        status = 1  # torch left its own error pending; the library's, which names the argument, is told instead
     if status:
         _raise(op, plan, values)
 
