@@ -4,7 +4,7 @@ import { mkdtempSync, readFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { type PyRef, Tensor, devices, postReorder, startPython } from 'epmoe'
+import { devices, type PyRef, postReorder, startPython, Tensor } from 'epmoe'
 
 const calls = 900 // fewer than a stream queues before the host has to wait
 const rounds = 101
@@ -15,23 +15,49 @@ export default function host(): void {
   const bench = python.exec(readFileSync(fileURLToPath(new URL('./host.py', import.meta.url)), 'utf8'), 'bench/host.py')
   const names = ['down_output', 'output', 'src2dst', 'topk_ids', 'topk_weights']
   const made = bench.method('arguments', gpu ?? 'cpu')
-  const [downOutput, output, src2dst, topkIds, topkWeights] = names.map((name) => made.item(name)) as [PyRef, PyRef, PyRef, PyRef, PyRef]
+  const [downOutput, output, src2dst, topkIds, topkWeights] = names.map((name) => made.item(name)) as [
+    PyRef,
+    PyRef,
+    PyRef,
+    PyRef,
+    PyRef,
+  ]
   const asTorch = { downOutput, output, src2dst, topkIds, topkWeights }
-  const [t0, t1, t2, t3, t4] = Object.values(asTorch).map((ref) => Tensor.fromTorch(ref)) as [Tensor, Tensor, Tensor, Tensor, Tensor]
+  const [t0, t1, t2, t3, t4] = Object.values(asTorch).map((ref) => Tensor.fromTorch(ref)) as [
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+  ]
   const asTensors = { downOutput: t0, output: t1, src2dst: t2, topkIds: t3, topkWeights: t4 }
   const drain = () => bench.method('drain').dispose()
 
   const rows: [string, number][] = []
   const bare = gpu === undefined ? undefined : bareLaunch()
-  if (bare !== undefined) rows.push(['bare launch of an empty kernel, C++', bench.method('bare_launch', bare, calls, rounds).toJS() as number])
-  const idle = { ...asTensors, output: t1.view([0, 512]), src2dst: t2.view([0]), topkIds: t3.view([0, 8]), topkWeights: t4.view([0, 8]) }
+  if (bare !== undefined)
+    rows.push([
+      'bare launch of an empty kernel, C++',
+      bench.method('bare_launch', bare, calls, rounds).toJS() as number,
+    ])
+  const idle = {
+    ...asTensors,
+    output: t1.view([0, 512]),
+    src2dst: t2.view([0]),
+    topkIds: t3.view([0, 8]),
+    topkWeights: t4.view([0, 8]),
+  }
   rows.push(['postReorder, checks only (T = 0), Node', median(() => postReorder(idle), drain)])
   rows.push(['postReorder, five Tensors, Node', median(() => postReorder(asTensors), drain)])
   rows.push(['postReorder, five torch tensors, Node', median(() => postReorder(asTorch), drain)])
-  for (const [label, time] of Object.entries(bench.method('python_calls', made, calls, rounds).toJS() as Record<string, number>)) {
+  for (const [label, time] of Object.entries(
+    bench.method('python_calls', made, calls, rounds).toJS() as Record<string, number>,
+  )) {
     rows.push([label, time])
   }
-  console.log(`µs a call, median of ${rounds} rounds of ${calls} calls, on ${gpu ?? 'cpu (no launch: the op itself runs)'}`)
+  console.log(
+    `µs a call, median of ${rounds} rounds of ${calls} calls, on ${gpu ?? 'cpu (no launch: the op itself runs)'}`,
+  )
   for (const [label, time] of rows) console.log(`${label.padEnd(44)} ${time.toFixed(2).padStart(8)}`)
 }
 

@@ -62,9 +62,13 @@ def time_cold(call):
 
 def main():
     rate = copy_rate()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}; copy {rate / 1e12:.3f} TB/s")
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}; copy {rate / 1e12:.3f} TB/s"
+    )
     print("post_reorder bf16 K=8, all local: µs as a graph node (L2 warm) / with L2 flushed")
-    print(f"{'H':>5} {'T':>5}  {'epmoe':>15}  {'triton numerics':>15}  {'Triton':>15}  {'torch cold':>10}  {'of copy':>7}")
+    print(
+        f"{'H':>5} {'T':>5}  {'epmoe':>15}  {'triton numerics':>15}  {'Triton':>15}  {'torch cold':>10}  {'of copy':>7}"
+    )
     for hidden, tokens in SHAPES:
         args = arguments(hidden, tokens)
         ours = lambda a=args: epmoe.post_reorder(**a)
@@ -77,6 +81,8 @@ def main():
         row = [f"{graph:7.1f}/{cold:7.1f}"]
         row += [f"{time_graph(call):7.1f}/{time_cold(call):7.1f}" for call in (exact, theirs)]
         torch_cold = f"{time_cold(eager):10.1f}" if os.environ.get("EPMOE_BENCH_TORCH", "1") == "1" else " " * 10
-        print(f"{hidden:5d} {tokens:5d}  {row[0]:>15}  {row[1]:>15}  {row[2]:>15}  {torch_cold}  {share:7.1%}", flush=True)
+        print(
+            f"{hidden:5d} {tokens:5d}  {row[0]:>15}  {row[1]:>15}  {row[2]:>15}  {torch_cold}  {share:7.1%}", flush=True
+        )
         del args
         torch.cuda.empty_cache()

@@ -1,9 +1,9 @@
-import { EpmoeError, camelCase, describeValue } from './errors.js'
+import { camelCase, describeValue, EpmoeError } from './errors.js'
 import { pythonAddress, torchBridge } from './foreign.js'
-import { type OpInfo, native } from './native.js'
+import { native, type OpInfo } from './native.js'
 import type { PyRef } from './python/ref.js'
 import { Stream } from './stream.js'
-import { Tensor, notATensor } from './tensor.js'
+import { notATensor, Tensor } from './tensor.js'
 
 /** What an op takes as a tensor: epmoe's own, a PyRef to a torch.Tensor, or a bare pymport PyObject of one. */
 export type TensorLike = Tensor | PyRef | { readonly id: unknown; readonly callable: boolean }

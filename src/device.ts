@@ -1,4 +1,4 @@
-import { EpmoeError, describeValue } from './errors.js'
+import { describeValue, EpmoeError } from './errors.js'
 import { type DeviceFacts, native } from './native.js'
 
 /** Where a tensor lives, named as in torch. */

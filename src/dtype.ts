@@ -1,16 +1,8 @@
-import { EpmoeError, describeValue } from './errors.js'
+import { describeValue, EpmoeError } from './errors.js'
 import { native } from './native.js'
 
 /** Element types, named as in torch. */
-export type DType =
-  | 'float32'
-  | 'float16'
-  | 'bfloat16'
-  | 'float8_e4m3fn'
-  | 'int32'
-  | 'int64'
-  | 'uint8'
-  | 'float64'
+export type DType = 'float32' | 'float16' | 'bfloat16' | 'float8_e4m3fn' | 'int32' | 'int64' | 'uint8' | 'float64'
 
 export type TypedArray = Float32Array | Float64Array | Int32Array | BigInt64Array | Uint16Array | Uint8Array
 
@@ -20,7 +12,11 @@ interface Facts {
   /** Bytes. */
   itemsize: number
   /** What holds the elements in JavaScript; the bits of float16, bfloat16 and float8 as unsigned integers. */
-  array: new (buffer: ArrayBufferLike, byteOffset: number, length: number) => TypedArray
+  array: new (
+    buffer: ArrayBufferLike,
+    byteOffset: number,
+    length: number,
+  ) => TypedArray
 }
 
 const arrays: Record<DType, Facts['array']> = {

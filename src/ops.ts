@@ -1,4 +1,4 @@
-import { type OpInfo, type OpParam, native } from './native.js'
+import { native, type OpInfo, type OpParam } from './native.js'
 
 export type { OpInfo, OpParam }
 

@@ -1,7 +1,7 @@
 import { constants } from 'node:buffer'
 import { type Device, type DeviceLike, deviceName, dl, parseDevice } from './device.js'
-import { type DType, type TypedArray, dtypeFacts, dtypeName, dtypeOfArray } from './dtype.js'
-import { EpmoeError, describeValue } from './errors.js'
+import { type DType, dtypeFacts, dtypeName, dtypeOfArray, type TypedArray } from './dtype.js'
+import { describeValue, EpmoeError } from './errors.js'
 import { pythonAddress, torchBridge } from './foreign.js'
 import { type NativeTensor, native } from './native.js'
 
@@ -131,7 +131,10 @@ export class Tensor implements Disposable {
       })
     }
     const buffer = array.buffer
-    if ((buffer as { resizable?: boolean }).resizable === true || (buffer as { growable?: boolean }).growable === true) {
+    if (
+      (buffer as { resizable?: boolean }).resizable === true ||
+      (buffer as { growable?: boolean }).growable === true
+    ) {
       throw new EpmoeError({
         code: 'ERR_UNSUPPORTED_TENSOR',
         op,

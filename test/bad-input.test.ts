@@ -1,5 +1,5 @@
 import test from 'ava'
-import { type Device, EpmoeError, Tensor, postReorder } from 'epmoe'
+import { type Device, EpmoeError, postReorder, Tensor } from 'epmoe'
 import { on, read, runPostReorder, validCall, validResult } from './helpers/call.js'
 import { gpu, testDevices } from './helpers/devices.js'
 import { evaluate } from './helpers/python.js'
@@ -284,7 +284,10 @@ for (const device of testDevices) {
   })
 
   test(`torch tensors that are not contiguous are refused, on ${device}`, (t) => {
-    const call = { ...validCall(device), downOutput: evaluate(`torch.ones(8, 6, device=${JSON.stringify(device)}).t()`) }
+    const call = {
+      ...validCall(device),
+      downOutput: evaluate(`torch.ones(8, 6, device=${JSON.stringify(device)}).t()`),
+    }
     const error = t.throws(() => postReorder(call), { instanceOf: EpmoeError })
     t.is(error?.code, 'ERR_NOT_CONTIGUOUS')
     t.is(error?.argument, 'downOutput')
@@ -301,7 +304,9 @@ const refused: [string, string, RegExp][] = [
 ]
 for (const [what, expression, received] of refused) {
   test(`a torch tensor that ${what} is refused by name`, (t) => {
-    const error = t.throws(() => postReorder({ ...validCall(), downOutput: evaluate(expression) }), { instanceOf: EpmoeError })
+    const error = t.throws(() => postReorder({ ...validCall(), downOutput: evaluate(expression) }), {
+      instanceOf: EpmoeError,
+    })
     t.is(error?.code, 'ERR_UNSUPPORTED_TENSOR')
     t.is(error?.argument, 'downOutput')
     t.regex(error?.received ?? '', received)
@@ -329,7 +334,7 @@ test('no arguments at all', (t) => {
 
 if (gpu !== undefined) {
   test('tensors on different devices', (t) => {
-    const call = { ...validCall('cpu'), downOutput: validCall(gpu as Device).downOutput }
+    const call = { ...validCall('cpu'), downOutput: validCall(gpu).downOutput }
     const error = t.throws(() => postReorder(call), { instanceOf: EpmoeError })
     t.is(error?.code, 'ERR_DEVICE')
     t.regex(error?.expected ?? '', /cuda:0 \(as downOutput\)/)

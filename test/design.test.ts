@@ -1,4 +1,4 @@
-import { readFileSync, readdirSync } from 'node:fs'
+import { readdirSync, readFileSync } from 'node:fs'
 import { join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import test from 'ava'
@@ -9,7 +9,7 @@ const root = fileURLToPath(new URL('..', import.meta.url))
 function sources(folder: string, extension: RegExp): { file: string; text: string }[] {
   return readdirSync(join(root, folder), { recursive: true, withFileTypes: true })
     .filter((entry) => entry.isFile() && extension.test(entry.name))
-    .map((entry) => join(entry.parentPath ?? entry.path, entry.name))
+    .map((entry) => join(entry.parentPath, entry.name))
     .map((path) => ({ file: relative(root, path), text: readFileSync(path, 'utf8') }))
 }
 
@@ -28,25 +28,36 @@ test('the library knows nothing of Node, Python or torch', (t) => {
 })
 
 test('the addon sees the contract and itself', (t) => {
-  const includes = sources('csrc/node', /\.(cc|h)$/).flatMap(({ text }) => [...text.matchAll(/#include "([^"]+)"/g)].map((match) => match[1]!))
+  const includes = sources('csrc/node', /\.(cc|h)$/).flatMap(({ text }) =>
+    [...text.matchAll(/#include "([^"]+)"/g)].map((match) => match[1]!),
+  )
   t.deepEqual([...new Set(includes)].filter((name) => !name.startsWith('node/')).sort(), ['epmoe.h'])
 })
 
 test('the addon neither links against Python nor includes its headers', (t) => {
-  t.deepEqual(matching(sources('csrc', /(\.cc|\.h|CMakeLists\.txt)$/), /#include\s*<Python\.h>|python3?-embed|Python3_/), [])
+  t.deepEqual(
+    matching(sources('csrc', /(\.cc|\.h|CMakeLists\.txt)$/), /#include\s*<Python\.h>|python3?-embed|Python3_/),
+    [],
+  )
 })
 
 test('the library part does not import the command line', (t) => {
   const files = sources('src', /\.(ts|mjs)$/)
   t.deepEqual(
-    matching(files.filter(({ file }) => !file.startsWith('src/cli/')), /from '[^']*\/cli\//),
+    matching(
+      files.filter(({ file }) => !file.startsWith('src/cli/')),
+      /from '[^']*\/cli\//,
+    ),
     [],
   )
   t.not(matching(files, /from '\.\.\/verb\.js'/).length, 0)
 })
 
 test('one module loads pymport', (t) => {
-  t.deepEqual(matching(sources('src', /\.ts$/), /\('pymport'\)|from 'pymport'/), ['src/foreign.ts', 'src/python/start.ts'])
+  t.deepEqual(matching(sources('src', /\.ts$/), /\('pymport'\)|from 'pymport'/), [
+    'src/foreign.ts',
+    'src/python/start.ts',
+  ])
   // The other only asks whether somebody has loaded it.
   t.regex(readFileSync(join(root, 'src/foreign.ts'), 'utf8'), /require\.resolve\('pymport'\)/)
 })
@@ -66,5 +77,8 @@ test('the generated files are fresh', (t) => {
 
 test('no file grows into a giant', (t) => {
   const all = [...sources('src', /\.(ts|mjs)$/), ...sources('csrc', /\.(cc|cu|cuh|h)$/), ...sources('python', /\.py$/)]
-  t.deepEqual(all.filter(({ text }) => text.split('\n').length > 450).map(({ file }) => file), [])
+  t.deepEqual(
+    all.filter(({ text }) => text.split('\n').length > 450).map(({ file }) => file),
+    [],
+  )
 })

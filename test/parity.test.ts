@@ -18,7 +18,15 @@ function epmoe(...args: string[]) {
 test('the standard run passes, detects every control, and reports in the documented shape', (t) => {
   const json = join(folder, 'standard.json')
   const junit = join(folder, 'standard.xml')
-  const { status, stdout, stderr } = epmoe('parity', '--backend', 'cpu,cpu:triton-numerics', '--json', json, '--junit', junit)
+  const { status, stdout, stderr } = epmoe(
+    'parity',
+    '--backend',
+    'cpu,cpu:triton-numerics',
+    '--json',
+    json,
+    '--junit',
+    junit,
+  )
   t.is(status, 0, stdout + stderr)
   const report = JSON.parse(readFileSync(json, 'utf8')) as Report
   t.is(report.schema, 'epmoe.parity/1')
@@ -29,14 +37,32 @@ test('the standard run passes, detects every control, and reports in the documen
   t.true(report.controls.length >= 50)
   t.true(report.controls.every(({ detected }) => detected))
   for (const { name, op, backend, reference, tier, passed, metrics } of report.cases) {
-    t.deepEqual([name, op, backend, reference, tier].map((field) => typeof field), ['string', 'string', 'string', 'string', 'string'])
+    t.deepEqual(
+      [name, op, backend, reference, tier].map((field) => typeof field),
+      ['string', 'string', 'string', 'string', 'string'],
+    )
     t.is(typeof passed, 'boolean')
     t.deepEqual(Object.keys(metrics).sort(), ['maxAbs', 'maxUlp', 'mismatched', 'referenceRelL2', 'relL2', 'total'])
   }
   // Every kind of hazard has been met by every dtype.
   for (const dtype of ['float32', 'float16', 'bfloat16']) {
-    for (const hazard of ['gate=dst', 'values=special', 'shift=1', 'ep=8', 'T=0,', 'dstStart=1000', 'factor=0.3', 'ids=int64', 'weights=same', 'H=7,', 'K=1,']) {
-      t.true(report.cases.some(({ name }) => name.includes(`dtype=${dtype}`) && name.includes(hazard)), `${dtype} ${hazard}`)
+    for (const hazard of [
+      'gate=dst',
+      'values=special',
+      'shift=1',
+      'ep=8',
+      'T=0,',
+      'dstStart=1000',
+      'factor=0.3',
+      'ids=int64',
+      'weights=same',
+      'H=7,',
+      'K=1,',
+    ]) {
+      t.true(
+        report.cases.some(({ name }) => name.includes(`dtype=${dtype}`) && name.includes(hazard)),
+        `${dtype} ${hazard}`,
+      )
     }
   }
   t.true(report.cases.some(({ name }) => name.includes('T=70000')))
@@ -48,7 +74,25 @@ test('the standard run passes, detects every control, and reports in the documen
 
 test('the default is more accurate than the original arithmetic, in every 16-bit case with two local slots or more', (t) => {
   const json = join(folder, 'accuracy.json')
-  const { status, stdout } = epmoe('parity', '--backend', 'cpu', '--reference', 'triton', '--hidden', '512,999', '--topk', '2,8', '--tokens', '16', '--ep', '1', '--dtype', 'float16,bfloat16', '--json', json)
+  const { status, stdout } = epmoe(
+    'parity',
+    '--backend',
+    'cpu',
+    '--reference',
+    'triton',
+    '--hidden',
+    '512,999',
+    '--topk',
+    '2,8',
+    '--tokens',
+    '16',
+    '--ep',
+    '1',
+    '--dtype',
+    'float16,bfloat16',
+    '--json',
+    json,
+  )
   t.is(status, 0, stdout)
   const { cases } = JSON.parse(readFileSync(json, 'utf8')) as Report
   t.true(cases.length >= 32)
@@ -56,10 +100,10 @@ test('the default is more accurate than the original arithmetic, in every 16-bit
 })
 
 test('a case has one name, by which it is found again', async (t) => {
-  for (const { standard, parse } of await loadCases()) {
-    for (const { name } of standard()) t.is(parse(name)?.name, name)
-    t.is(parse('post_reorder/NOPE=3'), undefined)
-    t.is(parse('other_op/T=3'), undefined)
+  for (const op of await loadCases()) {
+    for (const { name } of op.standard()) t.is(op.parse(name)?.name, name)
+    t.is(op.parse('post_reorder/NOPE=3'), undefined)
+    t.is(op.parse('other_op/T=3'), undefined)
   }
 })
 
@@ -104,7 +148,14 @@ test('a backend that is not here is an environment error', (t) => {
 
 test('a run is good only when something was compared and controlled, and nothing slipped through', (t) => {
   const summary = { total: 3, passed: 3, failed: 0, skipped: 0, controlsMissed: 0, seconds: 1 }
-  const report = { schema: 'epmoe.parity/1', environment: {}, cases: [], controls: [{ name: 'c', detected: true }], skips: [], summary } as Report
+  const report = {
+    schema: 'epmoe.parity/1',
+    environment: {},
+    cases: [],
+    controls: [{ name: 'c', detected: true }],
+    skips: [],
+    summary,
+  } as Report
   t.true(succeeded(report))
   t.false(succeeded({ ...report, controls: [] }))
   t.false(succeeded({ ...report, summary: { ...summary, total: 0 } }))

@@ -1,6 +1,6 @@
 import { createRequire } from 'node:module'
 import test from 'ava'
-import { Tensor, postReorder, setCpuThreads } from 'epmoe'
+import { postReorder, setCpuThreads, Tensor } from 'epmoe'
 import { on, read, runPostReorder, validCall, validResult } from './helpers/call.js'
 import { testDevices } from './helpers/devices.js'
 import { evaluate, valueOf } from './helpers/python.js'
@@ -38,7 +38,9 @@ for (const device of testDevices) {
       pymport: (name: string) => { get: (name: string) => { call: (...args: unknown[]) => unknown } }
       proxify: (object: unknown) => unknown
     }
-    const bare = pymport.pymport('torch').get('zeros').call(24, 40) as { get: (name: string) => { call: (value: unknown) => unknown } }
+    const bare = pymport.pymport('torch').get('zeros').call(24, 40) as {
+      get: (name: string) => { call: (value: unknown) => unknown }
+    }
     const there = bare.get('to').call(device)
     postReorder({ ...call, downOutput: there as never, topkWeights: Tensor.fromTorch(call.topkWeights) })
     t.is(valueOf('x.abs().max().item()', { x: call.output }), 0)
@@ -66,7 +68,10 @@ for (const device of testDevices) {
     runPostReorder({ ...call, src2dst: on(device, new BigInt64Array([5n, -1n, -7n, 1n, -2n, -3n]), [6]) }, device)
     const rows = [2.5, 0.25, 0]
     const scale = [0.5, 0.25, 0]
-    t.deepEqual(read(call.output), Array.from({ length: 24 }, (_, i) => rows[i >> 3]! + (scale[i >> 3]! * (i % 8)) / 8))
+    t.deepEqual(
+      read(call.output),
+      Array.from({ length: 24 }, (_, i) => rows[i >> 3]! + (scale[i >> 3]! * (i % 8)) / 8),
+    )
   })
 
   test(`generation D's local ids: the default range takes every id from 0 on, on ${device}`, (t) => {
@@ -74,7 +79,10 @@ for (const device of testDevices) {
     runPostReorder({ ...call, topkIds: on(device, new Int32Array([0, 1, 0, 1, 0, 1]), [3, 2]) }, device)
     t.deepEqual(read(call.output), validResult())
     const only = validCall(device)
-    runPostReorder({ ...call, output: only.output, topkIds: on(device, new Int32Array([-1, -1, -1, -1, -1, -1]), [3, 2]) }, device)
+    runPostReorder(
+      { ...call, output: only.output, topkIds: on(device, new Int32Array([-1, -1, -1, -1, -1, -1]), [3, 2]) },
+      device,
+    )
     t.true(read(only.output).every((value) => Object.is(value, 0)))
   })
 
@@ -87,7 +95,10 @@ for (const device of testDevices) {
     using alone = evaluate(`torch.empty(${T}, ${H}, dtype=torch.bfloat16, device=${quoted})`)
     postReorder({ downOutput: all, output: together, src2dst, topkWeights: weights })
     for (const token of [0, 7, 32]) {
-      const part = (name: string, step: number) => evaluate(`x[${token * step}:${(token + 1) * step}]`, { x: name === 's' ? src2dst : name === 'w' ? weights : alone })
+      const part = (name: string, step: number) =>
+        evaluate(`x[${token * step}:${(token + 1) * step}]`, {
+          x: name === 's' ? src2dst : name === 'w' ? weights : alone,
+        })
       postReorder({ downOutput: all, output: part('o', 1), src2dst: part('s', K), topkWeights: part('w', 1) })
       t.true(valueOf(`torch.equal(a[${token}], b[${token}])`, { a: together, b: alone }))
     }
@@ -98,9 +109,16 @@ test('results do not depend on the number of threads', (t) => {
   const run = (threads: number) => {
     setCpuThreads(threads)
     const output = Tensor.empty([50, 3000], { dtype: 'float16' })
-    using downOutput = Tensor.from(Uint16Array.from({ length: 400 * 3000 }, (_, i) => (i * 2654435761) & 0x3bff), [400, 3000], { dtype: 'float16' })
+    using downOutput = Tensor.from(
+      Uint16Array.from({ length: 400 * 3000 }, (_, i) => (i * 2654435761) & 0x3bff),
+      [400, 3000],
+      { dtype: 'float16' },
+    )
     using src2dst = Tensor.from(Int32Array.from({ length: 400 }, (_, i) => (i * 7) % 400))
-    using topkWeights = Tensor.from(Float32Array.from({ length: 400 }, (_, i) => (i % 13) / 13), [50, 8])
+    using topkWeights = Tensor.from(
+      Float32Array.from({ length: 400 }, (_, i) => (i % 13) / 13),
+      [50, 8],
+    )
     postReorder({ downOutput, output, src2dst, topkWeights })
     return Buffer.from(output.data.buffer).toString('base64')
   }
@@ -134,7 +152,19 @@ test('rows beyond 2^31 elements are found', (t) => {
 test('a factor multiplies the sum, and T = 0 is no work', (t) => {
   const call = validCall()
   postReorder({ ...call, routedScalingFactor: 4 })
-  t.deepEqual(read(call.output), validResult().map((value) => value * 4))
+  t.deepEqual(
+    read(call.output),
+    validResult().map((value) => value * 4),
+  )
   const empty = Tensor.empty([0, 8])
-  t.is(postReorder({ ...call, output: empty, src2dst: Tensor.empty([0], { dtype: 'int32' }), topkIds: Tensor.empty([0, 2], { dtype: 'int32' }), topkWeights: Tensor.empty([0, 2]) }), empty)
+  t.is(
+    postReorder({
+      ...call,
+      output: empty,
+      src2dst: Tensor.empty([0], { dtype: 'int32' }),
+      topkIds: Tensor.empty([0, 2], { dtype: 'int32' }),
+      topkWeights: Tensor.empty([0, 2]),
+    }),
+    empty,
+  )
 })

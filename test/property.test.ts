@@ -104,11 +104,19 @@ function build(random: Random, device: Device) {
     routedScalingFactor: factor,
   }
   const mistaken = bad || spoil(call, random, device, next)
-  return { call, answer: mistaken ? undefined : answer.map((value) => Math.fround(Math.fround(value) * Math.fround(factor))) }
+  return {
+    call,
+    answer: mistaken ? undefined : answer.map((value) => Math.fround(Math.fround(value) * Math.fround(factor))),
+  }
 }
 
 /** Makes the mistake; false when it turns out to be none. */
-function spoil(call: Record<string, unknown>, { T, K, H, mistake }: Random, device: Device, next: () => number): boolean {
+function spoil(
+  call: Record<string, unknown>,
+  { T, K, H, mistake }: Random,
+  device: Device,
+  next: () => number,
+): boolean {
   const names = ['downOutput', 'output', 'src2dst', 'topkWeights']
   const name = names[Math.floor(next() * names.length)]!
   switch (mistake) {
@@ -136,7 +144,9 @@ function spoil(call: Record<string, unknown>, { T, K, H, mistake }: Random, devi
       delete call[name]
       return true
     case 'junk':
-      call[name] = [3, 'x', {}, [], { id: 4096, callable: true }, new Float32Array(4), null, Symbol.iterator][Math.floor(next() * 8)]
+      call[name] = [3, 'x', {}, [], { id: 4096, callable: true }, new Float32Array(4), null, Symbol.iterator][
+        Math.floor(next() * 8)
+      ]
       return true
     case 'range':
       if (call['topkIds'] === undefined) return false

@@ -1,5 +1,5 @@
 import test from 'ava'
-import { EpmoeError, type PyRef, PythonError, float, kw, startPython } from 'epmoe'
+import { EpmoeError, float, kw, type PyRef, PythonError, startPython } from 'epmoe'
 import { evaluate, python, valueOf } from './helpers/python.js'
 
 const same: [string, unknown, unknown?][] = [
@@ -20,7 +20,13 @@ const same: [string, unknown, unknown?][] = [
   ['text beyond the basic plane', '😀abc€'],
   ['text with quotes, newlines and NUL', '"\\\n\0'],
   ['nested containers', [1, [2.5, 'x', [null, false]], { a: { b: [1e-8] } }]],
-  ['a Map, as a dict with its own keys', new Map<unknown, unknown>([[1, 'one'], [2.5, null]])],
+  [
+    'a Map, as a dict with its own keys',
+    new Map<unknown, unknown>([
+      [1, 'one'],
+      [2.5, null],
+    ]),
+  ],
   ['a small bigint, which is a number again', 5n, 5],
 ]
 for (const [what, value, expected = value] of same) {
@@ -80,9 +86,14 @@ for (const [source, type, message] of exceptions) {
 }
 
 test('a traceback shows the causes and the lines of inline modules', (t) => {
-  const module = python.exec('def outer():\n    try:\n        1 / 0\n    except ZeroDivisionError as e:\n        raise KeyError("k") from e\n')
+  const module = python.exec(
+    'def outer():\n    try:\n        1 / 0\n    except ZeroDivisionError as e:\n        raise KeyError("k") from e\n',
+  )
   const error = t.throws(() => module.method('outer'), { instanceOf: PythonError })
-  t.regex(error?.traceback ?? '', /ZeroDivisionError[\s\S]*direct cause[\s\S]*raise KeyError\("k"\) from e[\s\S]*KeyError/)
+  t.regex(
+    error?.traceback ?? '',
+    /ZeroDivisionError[\s\S]*direct cause[\s\S]*raise KeyError\("k"\) from e[\s\S]*KeyError/,
+  )
 })
 
 test('a JavaScript error that passes through Python keeps its identity', (t) => {
@@ -117,7 +128,10 @@ test('iterators raise what Python raises', (t) => {
   )
   t.deepEqual(seen, [1])
   t.is(error?.pythonType, 'ValueError')
-  t.deepEqual([...evaluate('range(3)')].map((item) => item.toJS()), [0, 1, 2])
+  t.deepEqual(
+    [...evaluate('range(3)')].map((item) => item.toJS()),
+    [0, 1, 2],
+  )
 })
 
 test('an object whose __len__ raises poisons nothing', (t) => {
@@ -137,7 +151,13 @@ test('attributes, items, keyword arguments', (t) => {
   const object = python.exec('class C: pass\n').method('C')
   object.set('name', 'é')
   t.is(object.get('name').toJS(), 'é')
-  t.deepEqual(python.import('builtins').method('dict', kw({ one: 1, text: 'x' })).toJS(), { one: 1, text: 'x' })
+  t.deepEqual(
+    python
+      .import('builtins')
+      .method('dict', kw({ one: 1, text: 'x' }))
+      .toJS(),
+    { one: 1, text: 'x' },
+  )
   t.is(t.throws(() => object.get('absent'), { instanceOf: PythonError })?.pythonType, 'AttributeError')
 })
 

@@ -15,7 +15,11 @@ test("the README's first program runs and says what it should", (t) => {
   try {
     const file = join(folder, 'first.ts')
     writeFileSync(file, program ?? '')
-    const { status, stdout, stderr } = spawnSync(process.execPath, ['--conditions=epmoe-source', '--import=tsx', file], { encoding: 'utf8' })
+    const { status, stdout, stderr } = spawnSync(
+      process.execPath,
+      ['--conditions=epmoe-source', '--import=tsx', file],
+      { encoding: 'utf8' },
+    )
     t.is(status, 0, stdout + stderr)
     const difference = Number(/torch in float32: ([\d.e-]+)/.exec(stdout)?.[1])
     // One rounding to bfloat16 of values around 1.

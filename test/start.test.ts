@@ -24,12 +24,16 @@ test('importing epmoe and running an op starts no Python', (t) => {
 })
 
 test('an interpreter that does not exist is named', (t) => {
-  const { output } = run(`try { e.startPython({ python: '/no/such/python' }) } catch (x) { console.log(x.code, x.message) }`)
+  const { output } = run(
+    `try { e.startPython({ python: '/no/such/python' }) } catch (x) { console.log(x.code, x.message) }`,
+  )
   t.regex(output, /ERR_PYTHON_START .*\/no\/such\/python \(from option\)/)
 })
 
 test('EPMOE_PYTHON is used, and told when it does not run', (t) => {
-  const { output } = run(`try { e.startPython() } catch (x) { console.log(x.code, x.message) }`, { EPMOE_PYTHON: '/bin/false' })
+  const { output } = run(`try { e.startPython() } catch (x) { console.log(x.code, x.message) }`, {
+    EPMOE_PYTHON: '/bin/false',
+  })
   t.regex(output, /ERR_PYTHON_START .*\/bin\/false \(from EPMOE_PYTHON\)/)
 })
 

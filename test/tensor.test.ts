@@ -2,7 +2,7 @@ import { setFlagsFromString } from 'node:v8'
 import { runInNewContext } from 'node:vm'
 import { MessageChannel } from 'node:worker_threads'
 import test from 'ava'
-import { type DType, EpmoeError, Tensor, type TypedArray, stats } from 'epmoe'
+import { type DType, EpmoeError, stats, Tensor, type TypedArray } from 'epmoe'
 import { gpu, testDevices } from './helpers/devices.js'
 
 const dtypes: [DType, number][] = [
@@ -103,7 +103,9 @@ test('an ArrayBuffer that was transferred away is noticed', (t) => {
 
 test('a resizable buffer is refused', (t) => {
   const Resizable = ArrayBuffer as unknown as new (length: number, options: { maxByteLength: number }) => ArrayBuffer
-  const error = t.throws(() => Tensor.from(new Uint8Array(new Resizable(8, { maxByteLength: 16 }))), { instanceOf: EpmoeError })
+  const error = t.throws(() => Tensor.from(new Uint8Array(new Resizable(8, { maxByteLength: 16 }))), {
+    instanceOf: EpmoeError,
+  })
   t.is(error?.code, 'ERR_UNSUPPORTED_TENSOR')
 })
 
@@ -152,7 +154,10 @@ test('unknown devices and dtypes are named', (t) => {
 test('copies neither convert nor broadcast', (t) => {
   using tensor = Tensor.zeros([4])
   t.is(t.throws(() => tensor.copyFrom(Tensor.zeros([5])), { instanceOf: EpmoeError })?.code, 'ERR_SHAPE')
-  t.is(t.throws(() => tensor.copyFrom(Tensor.zeros([4], { dtype: 'int32' })), { instanceOf: EpmoeError })?.code, 'ERR_DTYPE')
+  t.is(
+    t.throws(() => tensor.copyFrom(Tensor.zeros([4], { dtype: 'int32' })), { instanceOf: EpmoeError })?.code,
+    'ERR_DTYPE',
+  )
   t.is(t.throws(() => tensor.copyFrom({} as Tensor), { instanceOf: EpmoeError })?.code, 'ERR_NOT_A_TENSOR')
   t.is(t.throws(() => tensor.view([2, 2], 1), { instanceOf: EpmoeError })?.code, 'ERR_SHAPE')
 })

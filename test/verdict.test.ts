@@ -3,7 +3,13 @@ import { type DType, Tensor } from 'epmoe'
 import { native } from '../src/native.js'
 import { passes, requirementFor } from '../src/parity/verdict.js'
 
-function compare(dtype: DType, actual: number[], reference: number[] | { exact: number[] }, truth: number[], scale = truth) {
+function compare(
+  dtype: DType,
+  actual: number[],
+  reference: number[] | { exact: number[] },
+  truth: number[],
+  scale = truth,
+) {
   const stored = (values: number[]) =>
     dtype === 'float32'
       ? Tensor.from(new Float32Array(values))

@@ -1,5 +1,5 @@
 import test from 'ava'
-import { type Protocol, type PyRef, Tensor, stats } from 'epmoe'
+import { type Protocol, type PyRef, stats, Tensor } from 'epmoe'
 import { read } from './helpers/call.js'
 import { testDevices } from './helpers/devices.js'
 import { evaluate, python, torch, valueOf } from './helpers/python.js'

@@ -20,11 +20,16 @@ std::string shape_text(const DLTensor &tensor) {
 
 std::string device_text(DLDevice device) {
   switch (device.device_type) {
-    case kDLCPU: return "cpu";
-    case kDLCUDAHost: return "cpu (pinned)";
-    case kDLCUDA: return "cuda:" + std::to_string(device.device_id);
-    case kDLCUDAManaged: return "cuda:" + std::to_string(device.device_id) + " (managed memory)";
-    default: return "DLPack device type " + std::to_string(device.device_type);
+    case kDLCPU:
+      return "cpu";
+    case kDLCUDAHost:
+      return "cpu (pinned)";
+    case kDLCUDA:
+      return "cuda:" + std::to_string(device.device_id);
+    case kDLCUDAManaged:
+      return "cuda:" + std::to_string(device.device_id) + " (managed memory)";
+    default:
+      return "DLPack device type " + std::to_string(device.device_type);
   }
 }
 
@@ -48,8 +53,10 @@ class Checker {
   void run() {
     const int count = static_cast<int>(params_.size());
     for (int i = 0; i < count; ++i) {
-      if (params_[i].kind == EPMOE_KIND_TENSOR) take_tensor(i);
-      else take_scalar(i);
+      if (params_[i].kind == EPMOE_KIND_TENSOR)
+        take_tensor(i);
+      else
+        take_scalar(i);
     }
     for (int i = 0; i < count; ++i) {
       if (!call_->present[i] || params_[i].kind != EPMOE_KIND_TENSOR) continue;
@@ -165,9 +172,8 @@ class Checker {
       first_device_ = i;
       call_->device = device;
     } else if (device.device_type != call_->device.device_type || device.device_id != call_->device.device_id) {
-      fail(EPMOE_ERR_DEVICE, params_[i].name,
-           device_text(call_->device) + " (as " + params_[first_device_].name + ")", device_text(tensor.device),
-           "All tensors of a call live on one device");
+      fail(EPMOE_ERR_DEVICE, params_[i].name, device_text(call_->device) + " (as " + params_[first_device_].name + ")",
+           device_text(tensor.device), "All tensors of a call live on one device");
     }
   }
 
@@ -175,15 +181,19 @@ class Checker {
     std::string text = params_[i].shape;
     std::string spaced;
     for (const char c : text) {
-      if (c == ',') spaced += ", ";
-      else if (c == '|') spaced += "] or [";
-      else spaced += c;
+      if (c == ',')
+        spaced += ", ";
+      else if (c == '|')
+        spaced += "] or [";
+      else
+        spaced += c;
     }
     text = "shape [" + spaced + "]";
     std::string known;
     for (size_t axis = 0; axis < entry_.axis_names.size(); ++axis) {
       const Binding &binding = bindings_[axis];
-      if (binding.length == kUnbound || std::string(params_[i].shape).find(entry_.axis_names[axis]) == std::string::npos)
+      if (binding.length == kUnbound ||
+          std::string(params_[i].shape).find(entry_.axis_names[axis]) == std::string::npos)
         continue;
       known += (known.empty() ? " with " : ", ") + entry_.axis_names[axis] + " = " + std::to_string(binding.length) +
                " (from " + params_[binding.param].name + ")";
@@ -216,8 +226,10 @@ class Checker {
       lengths_[i][p] = length;
       if ((*pattern)[p].names[1] >= 0) continue;
       Binding &binding = bindings_[(*pattern)[p].names[0]];
-      if (binding.length == kUnbound) binding = {length, i};
-      else if (binding.length != length) wrong_shape(i, EPMOE_ERR_SHAPE);
+      if (binding.length == kUnbound)
+        binding = {length, i};
+      else if (binding.length != length)
+        wrong_shape(i, EPMOE_ERR_SHAPE);
     }
   }
 

@@ -48,11 +48,15 @@ T *host_data(const DLTensor *tensor, const char *argument) {
 template <typename Body>
 void with_element(const DLTensor &tensor, const char *argument, const Body &body) {
   switch (dtype_of(tensor.dtype)) {
-    case EPMOE_FLOAT32: return body(Float32());
-    case EPMOE_FLOAT16: return body(Float16());
-    case EPMOE_BFLOAT16: return body(BFloat16());
-    default: fail(EPMOE_ERR_DTYPE, argument, dtype_names(bit(EPMOE_FLOAT32) | bit(EPMOE_FLOAT16) | bit(EPMOE_BFLOAT16)),
-                  dtype_name(tensor.dtype));
+    case EPMOE_FLOAT32:
+      return body(Float32());
+    case EPMOE_FLOAT16:
+      return body(Float16());
+    case EPMOE_BFLOAT16:
+      return body(BFloat16());
+    default:
+      fail(EPMOE_ERR_DTYPE, argument, dtype_names(bit(EPMOE_FLOAT32) | bit(EPMOE_FLOAT16) | bit(EPMOE_BFLOAT16)),
+           dtype_name(tensor.dtype));
   }
 }
 
@@ -71,7 +75,9 @@ float bell(uint64_t seed, int64_t i) {
 }
 
 template <typename Element>
-constexpr int kDigits = Element::kDtype == EPMOE_FLOAT32 ? 24 : Element::kDtype == EPMOE_FLOAT16 ? 11 : 8;
+constexpr int kDigits = Element::kDtype == EPMOE_FLOAT32   ? 24
+                        : Element::kDtype == EPMOE_FLOAT16 ? 11
+                                                           : 8;
 template <typename Element>
 constexpr int kMinExponent = Element::kDtype == EPMOE_FLOAT16 ? -13 : -125;
 
@@ -86,8 +92,10 @@ double ulp(double x) {
 // A double rounded once to Element.
 template <typename Element>
 typename Element::Storage round_to(double x) {
-  if constexpr (Element::kDtype == EPMOE_FLOAT32) return static_cast<float>(x);
-  else return Element::narrow(narrow_to_odd(x));
+  if constexpr (Element::kDtype == EPMOE_FLOAT32)
+    return static_cast<float>(x);
+  else
+    return Element::narrow(narrow_to_odd(x));
 }
 
 double square_or_infinity(double x) { return x == x ? x * x : kInfinity; }
@@ -144,22 +152,22 @@ void compare_typed(const DLTensor *actual, const DLTensor *reference, const doub
   std::vector<Sums> parts(static_cast<size_t>((count + kPart - 1) / kPart));
   parallel_for(static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
-      parts[static_cast<size_t>(part)] = compare_part<Element, Reference>(a, b, oracle, scale, part * kPart,
-                                                                          std::min(count, (part + 1) * kPart));
+      parts[static_cast<size_t>(part)] =
+          compare_part<Element, Reference>(a, b, oracle, scale, part * kPart, std::min(count, (part + 1) * kPart));
     }
   });
   Sums total;
   for (const Sums &part : parts) total.merge(part);  // in order: the sums do not depend on the threads
   const auto relative = [&](double error) { return error == 0 ? 0.0 : std::sqrt(error / total.norm); };
-  *out = {total.mismatched, count, total.max_ulp, total.max_abs, relative(total.error), relative(total.reference_error)};
+  *out = {
+      total.mismatched, count, total.max_ulp, total.max_abs, relative(total.error), relative(total.reference_error)};
 }
 
 const double *double_data(const DLTensor *tensor, int64_t count, const char *argument) {
   const auto *data = host_data<const double>(tensor, argument);
   if (dtype_of(tensor->dtype) != EPMOE_FLOAT64) fail(EPMOE_ERR_DTYPE, argument, "float64", dtype_name(tensor->dtype));
   if (count_of(*tensor) != count) {
-    fail(EPMOE_ERR_SHAPE, argument, std::to_string(count) + " elements (as actual)",
-         std::to_string(count_of(*tensor)));
+    fail(EPMOE_ERR_SHAPE, argument, std::to_string(count) + " elements (as actual)", std::to_string(count_of(*tensor)));
   }
   return data;
 }

@@ -145,8 +145,8 @@ void take_status(int32_t device_id) {
   failure.op = entry ? entry->op->name : "";
   failure.argument = entry ? entry->op->params[static_cast<size_t>(word->param)].name : "";
   failure.expected = "an index in [" + std::to_string(word->begin) + ", " + std::to_string(word->end) + ")";
-  failure.received = std::to_string(word->value) + " at token " + std::to_string(word->token) + ", slot " +
-                     std::to_string(word->slot);
+  failure.received =
+      std::to_string(word->value) + " at token " + std::to_string(word->token) + ", slot " + std::to_string(word->slot);
   failure.hint = "The slot was skipped and the rest computed: the output of that token is incomplete";
   word->claim = 0;
   throw failure;

@@ -6,10 +6,10 @@ namespace epmoe {
 namespace {
 
 constexpr epmoe_dtype_info kDtypes[EPMOE_DTYPE_COUNT] = {
-    {"float32", {kDLFloat, 32, 1}, 4},  {"float16", {kDLFloat, 16, 1}, 2},
+    {"float32", {kDLFloat, 32, 1}, 4},   {"float16", {kDLFloat, 16, 1}, 2},
     {"bfloat16", {kDLBfloat, 16, 1}, 2}, {"float8_e4m3fn", {kDLFloat8_e4m3fn, 8, 1}, 1},
-    {"int32", {kDLInt, 32, 1}, 4},      {"int64", {kDLInt, 64, 1}, 8},
-    {"uint8", {kDLUInt, 8, 1}, 1},      {"float64", {kDLFloat, 64, 1}, 8},
+    {"int32", {kDLInt, 32, 1}, 4},       {"int64", {kDLInt, 64, 1}, 8},
+    {"uint8", {kDLUInt, 8, 1}, 1},       {"float64", {kDLFloat, 64, 1}, 8},
 };
 
 }  // namespace
@@ -17,15 +17,24 @@ constexpr epmoe_dtype_info kDtypes[EPMOE_DTYPE_COUNT] = {
 int32_t dtype_of(DLDataType dl) {
   if (dl.lanes != 1) return -1;
   switch (dl.code << 8 | dl.bits) {  // on the path of every call: a search of the table would show
-    case kDLFloat << 8 | 32: return EPMOE_FLOAT32;
-    case kDLFloat << 8 | 16: return EPMOE_FLOAT16;
-    case kDLBfloat << 8 | 16: return EPMOE_BFLOAT16;
-    case kDLFloat8_e4m3fn << 8 | 8: return EPMOE_FLOAT8_E4M3FN;
-    case kDLInt << 8 | 32: return EPMOE_INT32;
-    case kDLInt << 8 | 64: return EPMOE_INT64;
-    case kDLUInt << 8 | 8: return EPMOE_UINT8;
-    case kDLFloat << 8 | 64: return EPMOE_FLOAT64;
-    default: return -1;
+    case kDLFloat << 8 | 32:
+      return EPMOE_FLOAT32;
+    case kDLFloat << 8 | 16:
+      return EPMOE_FLOAT16;
+    case kDLBfloat << 8 | 16:
+      return EPMOE_BFLOAT16;
+    case kDLFloat8_e4m3fn << 8 | 8:
+      return EPMOE_FLOAT8_E4M3FN;
+    case kDLInt << 8 | 32:
+      return EPMOE_INT32;
+    case kDLInt << 8 | 64:
+      return EPMOE_INT64;
+    case kDLUInt << 8 | 8:
+      return EPMOE_UINT8;
+    case kDLFloat << 8 | 64:
+      return EPMOE_FLOAT64;
+    default:
+      return -1;
   }
 }
 
@@ -34,12 +43,23 @@ std::string dtype_name(DLDataType dl) {
   if (dtype >= 0) return kDtypes[dtype].name;
   std::string name;
   switch (dl.code) {
-    case kDLInt: name = "int"; break;
-    case kDLUInt: name = "uint"; break;
-    case kDLFloat: name = "float"; break;
-    case kDLComplex: name = "complex"; break;
-    case kDLBool: return "bool";
-    default: name = "DLPack type code " + std::to_string(dl.code) + " of bits "; break;
+    case kDLInt:
+      name = "int";
+      break;
+    case kDLUInt:
+      name = "uint";
+      break;
+    case kDLFloat:
+      name = "float";
+      break;
+    case kDLComplex:
+      name = "complex";
+      break;
+    case kDLBool:
+      return "bool";
+    default:
+      name = "DLPack type code " + std::to_string(dl.code) + " of bits ";
+      break;
   }
   name += std::to_string(dl.bits);
   if (dl.lanes != 1) name += "x" + std::to_string(dl.lanes);

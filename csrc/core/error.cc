@@ -67,8 +67,8 @@ epmoe_status remember(Failure failure) {
   error.failure = std::move(failure);
   error.message = compose(error.failure);
   const Failure &f = error.failure;
-  error.view = {f.status,           f.op.c_str(),       f.argument.c_str(),   f.expected.c_str(),
-                f.received.c_str(), f.hint.c_str(),     error.message.c_str()};
+  error.view = {f.status,           f.op.c_str(),   f.argument.c_str(),   f.expected.c_str(),
+                f.received.c_str(), f.hint.c_str(), error.message.c_str()};
   return f.status;
 }
 

@@ -33,8 +33,10 @@ void run(const OpEntry &entry, Call &call, bool foreign, int32_t stream_mode, vo
          "Install the CUDA toolkit and build epmoe again, or move the tensors to the CPU");
   }
   const cuda::DeviceGuard guard(call.device.device_id);
-  if (stream_mode == EPMOE_STREAM_GIVEN) call.stream = stream;
-  else call.stream = foreign ? foreign_stream(call.device.device_id) : cuda::own_stream(call.device.device_id);
+  if (stream_mode == EPMOE_STREAM_GIVEN)
+    call.stream = stream;
+  else
+    call.stream = foreign ? foreign_stream(call.device.device_id) : cuda::own_stream(call.device.device_id);
   entry.run_cuda(call);
 }
 

@@ -39,8 +39,10 @@ extern "C" epmoe_status epmoe_free(DLDevice device, void *data) {
   return epmoe::guarded([&] {
     require_known(device);
     if (data == nullptr) return;
-    if (device.device_type == kDLCPU) std::free(data);
-    else epmoe::cuda::release(device, data);
+    if (device.device_type == kDLCPU)
+      std::free(data);
+    else
+      epmoe::cuda::release(device, data);
   });
 }
 

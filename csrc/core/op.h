@@ -39,7 +39,7 @@ struct Call {
   int32_t dtypes[kMaxParams];
   int64_t integers[kMaxParams];  // integers and enums
   double reals[kMaxParams];
-  int64_t axes[kMaxAxes];     // lengths, in the order of Op::axes
+  int64_t axes[kMaxAxes];  // lengths, in the order of Op::axes
   DLDevice device{kDLCPU, 0};
   void *stream = nullptr;
 

@@ -71,7 +71,7 @@ typedef struct epmoe_error {
   const char *argument; /* the op's own (snake_case) name of the argument */
   const char *expected;
   const char *received;
-  const char *hint; /* how to mend it */
+  const char *hint;    /* how to mend it */
   const char *message; /* one sentence made of the above */
 } epmoe_error;
 /* The last failure on this thread; valid until the next call into the library on this thread. */
@@ -112,7 +112,8 @@ typedef struct epmoe_param {
   int32_t role;     /* tensors only */
   int32_t optional; /* 1: may be absent; scalars then take default_value */
   /* Tensors. `shape` names the axes, outermost first: "T,H". "T*K" is one axis of that length, "...R,H" folds any
-   * number of leading axes into R, and "|" separates alternatives. Axes of one name have one length throughout a call. */
+   * number of leading axes into R, and "|" separates alternatives. Axes of one name have one length throughout a call.
+   */
   const char *shape;
   uint32_t dtypes;    /* bit (1 << dtype) for every dtype allowed outright */
   int32_t dtype_like; /* index of the parameter whose dtype is allowed as well, or -1 */

@@ -63,7 +63,8 @@ class Arguments {
           raise_argument(environment_, op_, i, "ERR_DISPOSED", "a disposed one", "Keep it until its last use");
         }
         if (records_[i]->storage->read_only && op_.params[i].role == EPMOE_ROLE_OUT) {
-          raise_argument(environment_, op_, i, "ERR_READ_ONLY", "a read-only one", "Give the op an output it may write");
+          raise_argument(environment_, op_, i, "ERR_READ_ONLY", "a read-only one",
+                         "Give the op an output it may write");
         }
         value.kind = EPMOE_VALUE_TENSOR;
         value.as.tensor = &records_[i]->dl;

@@ -31,7 +31,8 @@ double Environment::insert(std::unique_ptr<TensorRecord> record) {
   uint32_t index = 0;
   if (free_.empty()) {
     index = static_cast<uint32_t>(slots_.size());
-    if (index >= kIndexSpan) raise("ERR_OUT_OF_MEMORY", "", "", "fewer than 2^24 live tensors", "one more", "Dispose some");
+    if (index >= kIndexSpan)
+      raise("ERR_OUT_OF_MEMORY", "", "", "fewer than 2^24 live tensors", "one more", "Dispose some");
     slots_.emplace_back();
   } else {
     index = free_.back();

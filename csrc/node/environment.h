@@ -80,7 +80,8 @@ class Environment {
   // Handles carry a generation, so that one kept after its tensor was disposed never reaches another tensor.
   double insert(std::unique_ptr<TensorRecord> record);
   TensorRecord *find(double handle);
-  // `detach`: typed arrays over the tensor become empty. Otherwise they keep its memory, as when the tensor was collected.
+  // `detach`: typed arrays over the tensor become empty. Otherwise they keep its memory, as when the tensor was
+  // collected.
   bool erase(double handle, bool detach);
 
   // `stream` waits for earlier work on the tensor, and becomes the stream of its latest work. CUDA tensors only.

@@ -7,9 +7,10 @@ namespace {
 
 // (tensor, seed, scale)
 void fill_normal(const Napi::CallbackInfo &info) {
-  Environment::of(info.Env()).require(epmoe_fill_normal(&require_tensor(info, 0).dl,
-                                                        static_cast<uint64_t>(info[1].As<Napi::Number>().Int64Value()),
-                                                        info[2].As<Napi::Number>().DoubleValue()));
+  Environment::of(info.Env())
+      .require(epmoe_fill_normal(&require_tensor(info, 0).dl,
+                                 static_cast<uint64_t>(info[1].As<Napi::Number>().Int64Value()),
+                                 info[2].As<Napi::Number>().DoubleValue()));
 }
 
 // (actual, reference, oracle, scale)

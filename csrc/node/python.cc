@@ -49,8 +49,9 @@ bool resolve(Function &function, const char *name) {
 
 const char *resolve_all() {
   const auto missing = [](bool found, const char *name) { return found ? nullptr : name; };
-#define RESOLVE(name) \
-  if (const char *absent = missing(resolve(py.name, "Py_" #name) || resolve(py.name, "Py" #name), "Py" #name)) return absent
+#define RESOLVE(name)                                                                                          \
+  if (const char *absent = missing(resolve(py.name, "Py_" #name) || resolve(py.name, "Py" #name), "Py" #name)) \
+  return absent
   RESOLVE(IsInitialized);
   RESOLVE(GILState_Ensure);
   RESOLVE(GILState_Release);
@@ -180,7 +181,8 @@ Napi::Value from_capsule(const Napi::CallbackInfo &info) {
   if (py.Capsule_IsValid(capsule, "dltensor_versioned")) {
     auto *managed = static_cast<DLManagedTensorVersioned *>(py.Capsule_GetPointer(capsule, "dltensor_versioned"));
     if (managed->version.major != DLPACK_ABI_MAJOR) {
-      environment.raise("ERR_UNSUPPORTED_TENSOR", kImport, "object", "DLPack 1", "another major version", "Update epmoe");
+      environment.raise("ERR_UNSUPPORTED_TENSOR", kImport, "object", "DLPack 1", "another major version",
+                        "Update epmoe");
     }
     py.Capsule_SetName(capsule, "used_dltensor_versioned");
     return adopt(environment, managed);
@@ -191,8 +193,8 @@ Napi::Value from_capsule(const Napi::CallbackInfo &info) {
     return adopt(environment, managed);
   }
   py.Err_Clear();
-  environment.raise("ERR_NOT_A_TENSOR", kImport, "object", "a fresh DLPack capsule", "something else, or a used capsule",
-                    "Take a new one from __dlpack__()");
+  environment.raise("ERR_NOT_A_TENSOR", kImport, "object", "a fresh DLPack capsule",
+                    "something else, or a used capsule", "Take a new one from __dlpack__()");
 }
 
 // An exported tensor keeps the storage alive for as long as its consumer does.
@@ -242,8 +244,8 @@ void to_object(const Napi::CallbackInfo &info) {
   void *object = nullptr;
   if (py.exchange->managed_tensor_to_py_object_no_sync(managed, &object) != 0) {
     py.Err_Clear();
-    environment.raise("ERR_UNSUPPORTED_TENSOR", "toTorch", "tensor", "a tensor that torch can view", "one that it refuses",
-                      "Copy it to a supported device or dtype first");
+    environment.raise("ERR_UNSUPPORTED_TENSOR", "toTorch", "tensor", "a tensor that torch can view",
+                      "one that it refuses", "Copy it to a supported device or dtype first");
   }
   put_in_inbox(object);
 }
@@ -317,8 +319,9 @@ bool has_exchange() { return py.exchange != nullptr; }
 void export_python(Napi::Env env, Napi::Object exports) {
   Napi::Object python = Napi::Object::New(env);
   python["attach"] = Napi::Function::New(env, attach);
-  python["hasExchange"] = Napi::Function::New(
-      env, [](const Napi::CallbackInfo &info) -> Napi::Value { return Napi::Boolean::New(info.Env(), has_exchange()); });
+  python["hasExchange"] = Napi::Function::New(env, [](const Napi::CallbackInfo &info) -> Napi::Value {
+    return Napi::Boolean::New(info.Env(), has_exchange());
+  });
   python["check"] = Napi::Function::New(env, check);
   python["fromObject"] = Napi::Function::New(env, from_object);
   python["fromCapsule"] = Napi::Function::New(env, from_capsule);

@@ -43,8 +43,8 @@ class Wait : public Napi::AsyncWorker {
   }
   void OnOK() override {
     if (status_ == EPMOE_OK) return deferred_.Resolve(Env().Undefined());
-    deferred_.Reject(Environment::of(Env()).make_error(epmoe_status_code(status_), op_, argument_, expected_, received_,
-                                                       hint_));
+    deferred_.Reject(
+        Environment::of(Env()).make_error(epmoe_status_code(status_), op_, argument_, expected_, received_, hint_));
   }
 
  private:
@@ -78,7 +78,8 @@ Napi::Value facts(const Napi::CallbackInfo &info) {
   const auto number = [&](double value) { return Napi::Number::New(env, value); };
   Napi::Object result = Napi::Object::New(env);
   result["name"] = Napi::String::New(env, facts.name);
-  result["computeCapability"] = Napi::String::New(env, std::to_string(facts.cc_major) + "." + std::to_string(facts.cc_minor));
+  result["computeCapability"] =
+      Napi::String::New(env, std::to_string(facts.cc_major) + "." + std::to_string(facts.cc_minor));
   result["smCount"] = number(facts.sm_count);
   result["l2Bytes"] = number(static_cast<double>(facts.l2_bytes));
   result["totalBytes"] = number(static_cast<double>(facts.total_bytes));
@@ -104,9 +105,8 @@ void export_streams(Napi::Env env, Napi::Object exports) {
     return Napi::Number::New(info.Env(), epmoe_cuda_device_count());
   });
   device["facts"] = Napi::Function::New(env, facts);
-  device["setCpuThreads"] = Napi::Function::New(env, [](const Napi::CallbackInfo &info) {
-    epmoe_set_cpu_threads(info[0].As<Napi::Number>().Int32Value());
-  });
+  device["setCpuThreads"] = Napi::Function::New(
+      env, [](const Napi::CallbackInfo &info) { epmoe_set_cpu_threads(info[0].As<Napi::Number>().Int32Value()); });
   device["cpuThreads"] = Napi::Function::New(env, [](const Napi::CallbackInfo &info) -> Napi::Value {
     return Napi::Number::New(info.Env(), epmoe_cpu_threads());
   });

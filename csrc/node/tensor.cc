@@ -71,13 +71,13 @@ Napi::Value view(const Napi::CallbackInfo &info) {
 
 // (handle, whether typed arrays over it are to become empty)
 Napi::Value dispose(const Napi::CallbackInfo &info) {
-  const bool known = Environment::of(info.Env()).erase(info[0].As<Napi::Number>().DoubleValue(),
-                                                       info[1].As<Napi::Boolean>().Value());
+  const bool known =
+      Environment::of(info.Env()).erase(info[0].As<Napi::Number>().DoubleValue(), info[1].As<Napi::Boolean>().Value());
   return Napi::Boolean::New(info.Env(), known);
 }
 
-// {buffer, byteOffset} of the tensor's elements: in the ArrayBuffer that JavaScript brought, or in one made over exactly
-// the tensor, once for each tensor. The caller has made sure that the size is one this Node can make.
+// {buffer, byteOffset} of the tensor's elements: in the ArrayBuffer that JavaScript brought, or in one made over
+// exactly the tensor, once for each tensor. The caller has made sure that the size is one this Node can make.
 Napi::Value buffer(const Napi::CallbackInfo &info) {
   Napi::Env env = info.Env();
   TensorRecord &record = require_tensor(info, 0);
@@ -91,8 +91,8 @@ Napi::Value buffer(const Napi::CallbackInfo &info) {
     auto *keep = new std::shared_ptr<Storage>(record.storage);
     const size_t nbytes = static_cast<size_t>(count_of(record.shape)) * (record.dl.dtype.bits / 8);
     const napi_status status = napi_create_external_arraybuffer(
-        env, data, nbytes,
-        [](napi_env, void *, void *hint) { delete static_cast<std::shared_ptr<Storage> *>(hint); }, keep, &buffer);
+        env, data, nbytes, [](napi_env, void *, void *hint) { delete static_cast<std::shared_ptr<Storage> *>(hint); },
+        keep, &buffer);
     if (status != napi_ok) {
       // Node runs the finaliser of a buffer it failed to make, except where it makes none at all.
       if (status == napi_no_external_buffers_allowed) delete keep;
@@ -108,8 +108,8 @@ Napi::Value buffer(const Napi::CallbackInfo &info) {
   return result;
 }
 
-// (destination, source): both contiguous and of one size. Copies that touch the GPU go on the stream of the source's, or
-// else the destination's, latest work, which is returned as an address.
+// (destination, source): both contiguous and of one size. Copies that touch the GPU go on the stream of the source's,
+// or else the destination's, latest work, which is returned as an address.
 Napi::Value copy(const Napi::CallbackInfo &info) {
   Environment &environment = Environment::of(info.Env());
   TensorRecord &destination = require_tensor(info, 0);

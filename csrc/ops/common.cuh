@@ -13,8 +13,8 @@
 
 namespace epmoe::gpu {
 
-// Arithmetic of one activation dtype. `widen`/`narrow` convert to and from float32. Two 16-bit elements share a register
-// as `Pair`, and `fma` rounds each lane once to the dtype.
+// Arithmetic of one activation dtype. `widen`/`narrow` convert to and from float32. Two 16-bit elements share a
+// register as `Pair`, and `fma` rounds each lane once to the dtype.
 template <typename T>
 struct Element;
 
@@ -50,7 +50,9 @@ struct Element<__nv_bfloat16> {
   static __device__ __nv_bfloat162 narrow(float2 x) { return __float22bfloat162_rn(x); }
   static __device__ __nv_bfloat16 mul(__nv_bfloat16 a, __nv_bfloat16 b) { return __hmul_rn(a, b); }
   static __device__ __nv_bfloat16 fma(__nv_bfloat16 a, __nv_bfloat16 b, __nv_bfloat16 c) { return __hfma(a, b, c); }
-  static __device__ __nv_bfloat162 fma(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) { return __hfma2(a, b, c); }
+  static __device__ __nv_bfloat162 fma(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
+    return __hfma2(a, b, c);
+  }
   static __device__ Pair broadcast(__nv_bfloat16 x) { return __bfloat162bfloat162(x); }
 };
 
@@ -74,8 +76,10 @@ struct Vector {
   __device__ void narrow(const float (&in)[N]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if constexpr (sizeof(T) == 4) word[i] = __float_as_uint(in[i]);
-      else set_pair(i, Element<T>::narrow(make_float2(in[2 * i], in[2 * i + 1])));
+      if constexpr (sizeof(T) == 4)
+        word[i] = __float_as_uint(in[i]);
+      else
+        set_pair(i, Element<T>::narrow(make_float2(in[2 * i], in[2 * i + 1])));
     }
   }
   // this += row * weight, each lane rounded once to T.
@@ -129,8 +133,10 @@ __device__ __forceinline__ void store(T *destination, const Vector<T, N> &vector
     *destination = vector.value;
   } else {
     const uint4 bits = make_uint4(vector.word[0], vector.word[1], vector.word[2], vector.word[3]);
-    if constexpr (kPolicy == CachePolicy::kStreaming) __stcs(reinterpret_cast<uint4 *>(destination), bits);
-    else *reinterpret_cast<uint4 *>(destination) = bits;
+    if constexpr (kPolicy == CachePolicy::kStreaming)
+      __stcs(reinterpret_cast<uint4 *>(destination), bits);
+    else
+      *reinterpret_cast<uint4 *>(destination) = bits;
   }
 }
 
@@ -140,8 +146,9 @@ __device__ __forceinline__ int64_t load_index(const void *data, bool is_int64, i
 }
 
 // Reports an index that was skipped; the first offender wins, later ones are dropped.
-static __device__ __forceinline__ void report_index(cuda::StatusWord *word, int32_t op_index, int32_t param, int64_t token,
-                                                 int64_t slot, int64_t value, int64_t begin, int64_t end) {
+static __device__ __forceinline__ void report_index(cuda::StatusWord *word, int32_t op_index, int32_t param,
+                                                    int64_t token, int64_t slot, int64_t value, int64_t begin,
+                                                    int64_t end) {
   if (atomicCAS(&word->claim, 0ull, 1ull) != 0ull) return;
   word->op_index = op_index;
   word->param = param;
@@ -155,8 +162,8 @@ static __device__ __forceinline__ void report_index(cuda::StatusWord *word, int3
 
 inline bool aligned16(const void *pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// A kernel as launches name it. The runtime looks a function's address up at every launch; the handle that look-up gives
-// is kept, which saves a good part of a microsecond.
+// A kernel as launches name it. The runtime looks a function's address up at every launch; the handle that look-up
+// gives is kept, which saves a good part of a microsecond.
 class Kernel {
  public:
   explicit Kernel(const void *function) : function_(function) {}

@@ -92,24 +92,26 @@ void gather_slots(const Call &call, const Problem &p, int64_t token, std::vector
 constexpr int64_t kColumns = 1024;  // columns summed at a time: the accumulators stay in the first-level cache
 
 // The two loops that take the time, compiled once for each vector width the machine may have.
-#define EPMOE_POST_REORDER_LOOPS(Element, suffix)                                                                    \
-  EPMOE_SIMD void add_row_##suffix(float *acc, const Element::Storage *row, float weight, int64_t n) {               \
-    for (int64_t i = 0; i < n; ++i) acc[i] = std::fma(Element::widen(row[i]), weight, acc[i]);                        \
-  }                                                                                                                   \
-  EPMOE_SIMD void store_row_##suffix(Element::Storage *out, const float *acc, float factor, int64_t n) {             \
-    for (int64_t i = 0; i < n; ++i) out[i] = Element::narrow(acc[i] * factor);                                        \
-  }                                                                                                                   \
-  EPMOE_SIMD void add_row_rounded_##suffix(Element::Storage *acc, const Element::Storage *row,                       \
-                                           Element::Storage weight, int64_t n) {                                      \
-    for (int64_t i = 0; i < n; ++i) acc[i] = fma_rounded<Element>(row[i], weight, acc[i]);                            \
-  }                                                                                                                   \
-  inline void add_row(Element, float *a, const Element::Storage *r, float w, int64_t n) { add_row_##suffix(a, r, w, n); } \
-  inline void store_row(Element, Element::Storage *o, const float *a, float f, int64_t n) {                          \
-    store_row_##suffix(o, a, f, n);                                                                                   \
-  }                                                                                                                   \
-  inline void add_row_rounded(Element, Element::Storage *a, const Element::Storage *r, Element::Storage w,           \
-                              int64_t n) {                                                                            \
-    add_row_rounded_##suffix(a, r, w, n);                                                                             \
+#define EPMOE_POST_REORDER_LOOPS(Element, suffix)                                                          \
+  EPMOE_SIMD void add_row_##suffix(float *acc, const Element::Storage *row, float weight, int64_t n) {     \
+    for (int64_t i = 0; i < n; ++i) acc[i] = std::fma(Element::widen(row[i]), weight, acc[i]);             \
+  }                                                                                                        \
+  EPMOE_SIMD void store_row_##suffix(Element::Storage *out, const float *acc, float factor, int64_t n) {   \
+    for (int64_t i = 0; i < n; ++i) out[i] = Element::narrow(acc[i] * factor);                             \
+  }                                                                                                        \
+  EPMOE_SIMD void add_row_rounded_##suffix(Element::Storage *acc, const Element::Storage *row,             \
+                                           Element::Storage weight, int64_t n) {                           \
+    for (int64_t i = 0; i < n; ++i) acc[i] = fma_rounded<Element>(row[i], weight, acc[i]);                 \
+  }                                                                                                        \
+  inline void add_row(Element, float *a, const Element::Storage *r, float w, int64_t n) {                  \
+    add_row_##suffix(a, r, w, n);                                                                          \
+  }                                                                                                        \
+  inline void store_row(Element, Element::Storage *o, const float *a, float f, int64_t n) {                \
+    store_row_##suffix(o, a, f, n);                                                                        \
+  }                                                                                                        \
+  inline void add_row_rounded(Element, Element::Storage *a, const Element::Storage *r, Element::Storage w, \
+                              int64_t n) {                                                                 \
+    add_row_rounded_##suffix(a, r, w, n);                                                                  \
   }
 
 EPMOE_POST_REORDER_LOOPS(Float32, float32)
@@ -168,9 +170,12 @@ void run_typed(const Call &call) {
 
 void run_cpu(const Call &call) {
   switch (call.dtypes[kDownOutput]) {
-    case EPMOE_FLOAT32: return run_typed<Float32>(call);
-    case EPMOE_FLOAT16: return run_typed<Float16>(call);
-    default: return run_typed<BFloat16>(call);
+    case EPMOE_FLOAT32:
+      return run_typed<Float32>(call);
+    case EPMOE_FLOAT16:
+      return run_typed<Float16>(call);
+    default:
+      return run_typed<BFloat16>(call);
   }
 }
 

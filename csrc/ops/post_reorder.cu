@@ -1,11 +1,10 @@
-// post_reorder on CUDA. One thread sums one 16-byte column group of one token over all its slots; a warp's lanes resolve
-// the slots together (one slot each) and hand rows and weights around by shuffles, so that all row loads of a token are
-// in flight before the first fma.
-#include "ops/post_reorder.h"
-
+// post_reorder on CUDA. One thread sums one 16-byte column group of one token over all its slots; a warp's lanes
+// resolve the slots together (one slot each) and hand rows and weights around by shuffles, so that all row loads of a
+// token are in flight before the first fma.
 #include <algorithm>
 
 #include "ops/common.cuh"
+#include "ops/post_reorder.h"
 
 namespace epmoe::post_reorder {
 namespace {
@@ -96,8 +95,8 @@ constexpr int kMinBlocks = 8;  // an SM full of warps at 64 registers a thread, 
 template <int kSlots>
 constexpr unsigned kAllSlots = kSlots == 32 ? 0xffffffffu : (1u << kSlots) - 1;
 
-// Adds the rows of up to kSlots slots, one of which each of the warp's first lanes holds. A skipped slot is a branch, never
-// a product with 0: its row is memory that nobody has written.
+// Adds the rows of up to kSlots slots, one of which each of the warp's first lanes holds. A skipped slot is a branch,
+// never a product with 0: its row is memory that nobody has written.
 template <bool kAllLocal, int kSlots, CachePolicy kPolicy, typename T, int N, Numerics kNumerics>
 __device__ __forceinline__ void add_slots(Accumulator<T, N, kNumerics> &sum, const T *rows, Slot mine, unsigned locals,
                                           bool inside, const Arguments &a) {
@@ -131,8 +130,10 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) kernel(const Argument
       if (lane < kSlots && first + lane < a.topk) mine = resolve_slot<T>(a, token, first + lane);
       // Usually every slot is local: then nothing is branched on, and all loads are in flight before the first fma.
       const unsigned locals = __ballot_sync(0xffffffffu, mine.row != kNoRow);
-      if (locals == kAllSlots<kSlots>) add_slots<true, kSlots, kPolicy>(sum, rows, mine, locals, inside, a);
-      else add_slots<false, kSlots, kPolicy>(sum, rows, mine, locals, inside, a);
+      if (locals == kAllSlots<kSlots>)
+        add_slots<true, kSlots, kPolicy>(sum, rows, mine, locals, inside, a);
+      else
+        add_slots<false, kSlots, kPolicy>(sum, rows, mine, locals, inside, a);
     }
     if (inside) {
       gpu::store<kPolicy, T, N>(static_cast<T *>(a.output) + token * a.hidden + column, sum.result(a.factor));
@@ -167,9 +168,12 @@ Kernel &choose(int64_t topk, Numerics numerics, bool vectors, bool streaming) {
 
 Kernel &choose(int32_t dtype, int64_t topk, Numerics numerics, bool vectors, bool streaming) {
   switch (dtype) {
-    case EPMOE_FLOAT32: return choose<float>(topk, numerics, vectors, streaming);
-    case EPMOE_FLOAT16: return choose<__half>(topk, numerics, vectors, streaming);
-    default: return choose<__nv_bfloat16>(topk, numerics, vectors, streaming);
+    case EPMOE_FLOAT32:
+      return choose<float>(topk, numerics, vectors, streaming);
+    case EPMOE_FLOAT16:
+      return choose<__half>(topk, numerics, vectors, streaming);
+    default:
+      return choose<__nv_bfloat16>(topk, numerics, vectors, streaming);
   }
 }
 
@@ -211,8 +215,7 @@ void run_cuda(const Call &call) {
   a.weights_float32 = call.dtypes[kTopkWeights] == EPMOE_FLOAT32;
 
   const int64_t item = itemsize(call.dtypes[kDownOutput]);
-  const bool vectors =
-      p.hidden * item % 16 == 0 && gpu::aligned16(a.down_output) && gpu::aligned16(a.output);
+  const bool vectors = p.hidden * item % 16 == 0 && gpu::aligned16(a.down_output) && gpu::aligned16(a.output);
   const int64_t groups = vectors ? p.hidden * item / 16 : p.hidden;
   const bool streaming = p.tokens * (p.topk + 1) * p.hidden * item > cuda::facts(device).l2_bytes;
   const int threads = threads_for(groups);

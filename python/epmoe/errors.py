@@ -1,11 +1,11 @@
-"""The one error type, and its making from what the library remembers."""
+"""The one error type."""
 
 
 class EpmoeError(Exception):
     """What went wrong and how to mend it.
 
-    ``code`` is stable and meant to be matched on (``"ERR_SHAPE"``); ``op``, ``argument``, ``expected``, ``received`` and
-    ``hint`` say the rest, each a string that may be empty.
+    ``code`` is stable and meant to be matched on (``"ERR_SHAPE"``); ``op``, ``argument``, ``expected``, ``received``
+    and ``hint`` say the rest, each a string that may be empty.
     """
 
     def __init__(self, code, *, op="", argument="", expected="", received="", hint=""):

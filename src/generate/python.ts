@@ -43,8 +43,14 @@ function docstring(op: OpInfo, output: OpParam | undefined): string[] {
     ...wrap(`    """${sentence(op.doc)}`, 112).map(indented),
     '',
     '    Args:',
-    ...op.params.flatMap((param) => wrap(`${param.name}: ${sentence(param.doc)} ${facts(param)}`.trimEnd(), 104).map((line, i) => `${' '.repeat(i === 0 ? 8 : 12)}${line}`)),
-    ...wrap("stream: a torch.cuda.Stream or a cudaStream_t; torch's current stream when None. CUDA only.", 104).map((line) => `        ${line}`),
+    ...op.params.flatMap((param) =>
+      wrap(`${param.name}: ${sentence(param.doc)} ${facts(param)}`.trimEnd(), 104).map(
+        (line, i) => `${' '.repeat(i === 0 ? 8 : 12)}${line}`,
+      ),
+    ),
+    ...wrap("stream: a torch.cuda.Stream or a cudaStream_t; torch's current stream when None. CUDA only.", 104).map(
+      (line) => `        ${line}`,
+    ),
     '',
     ...(output === undefined ? [] : ['    Returns:', `        ${output.name}`, '']),
     '    Raises:',

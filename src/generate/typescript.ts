@@ -21,8 +21,7 @@ function opSource(op: OpInfo): string {
   const output = op.params.find((param) => param.role === 'out')
   const returned = output === undefined ? 'void' : 'Output'
   const generic = output === undefined ? '' : '<Output extends TensorLike>'
-  const argumentType =
-    output === undefined ? type : `${type} & { ${camelCase(output.name)}: Output }`
+  const argumentType = output === undefined ? type : `${type} & { ${camelCase(output.name)}: Output }`
   return [
     `/** Arguments of ${name}. Tensors are contiguous and on one device; axes of one name have one length. */`,
     `export interface ${type} {`,
@@ -30,7 +29,7 @@ function opSource(op: OpInfo): string {
       ...comment(`${sentence(param.doc)} ${facts(param)}`, '  '),
       `  ${camelCase(param.name)}${param.optional ? '?' : ''}: ${typeOf(param)}`,
     ]),
-    '  /** Where to run. Default: torch\'s current stream when a tensor is torch\'s, otherwise epmoe\'s own. CUDA only. */',
+    "  /** Where to run. Default: torch's current stream when a tensor is torch's, otherwise epmoe's own. CUDA only. */",
     '  stream?: Stream | undefined',
     '}',
     '',

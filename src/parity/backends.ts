@@ -1,5 +1,5 @@
 import { type Device, devices } from '../device.js'
-import { type OpInfo, native } from '../native.js'
+import { native, type OpInfo } from '../native.js'
 
 /** One way of running epmoe's kernels: a device and an arithmetic. */
 export interface Backend {
@@ -29,5 +29,7 @@ export function supports(backend: Backend, op: string): boolean {
 }
 
 export function opInfo(name: string): OpInfo {
-  return native().ops().find((op) => op.name === name)!
+  return native()
+    .ops()
+    .find((op) => op.name === name)!
 }

@@ -1,4 +1,4 @@
-import { type DeviceLike } from '../device.js'
+import type { DeviceLike } from '../device.js'
 import type { DType } from '../dtype.js'
 import { Tensor } from '../tensor.js'
 
@@ -40,8 +40,7 @@ export class Guarded implements Disposable {
   read(): { host: Guarded; intact: boolean } {
     const host = new Guarded(this.#whole.toHostSync(), this.#begin, this.tensor.shape)
     const first = this.#begin * itemsizes[this.tensor.dtype]
-    const untouched = (begin: number, end: number) =>
-      bytesOf(host.#whole, begin, end).every((byte) => byte === pattern)
+    const untouched = (begin: number, end: number) => bytesOf(host.#whole, begin, end).every((byte) => byte === pattern)
     return { host, intact: untouched(0, first) && untouched(first + this.tensor.nbytes, host.#whole.nbytes) }
   }
 

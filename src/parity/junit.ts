@@ -4,8 +4,13 @@ import type { Report } from './result.js'
 export function junitOf({ cases, controls, skips, summary }: Report): string {
   const tests = [
     ...cases.map(({ name, backend, reference, passed, failure, metrics, tier }) => {
-      const detail = failure ?? `${tier} not reached: ${metrics.mismatched} of ${metrics.total} differ, ${metrics.maxUlp} ulp`
-      return testCase(`${name} ${backend} against ${reference}`, 'parity', passed ? '' : `<failure message="${escape(detail)}"/>`)
+      const detail =
+        failure ?? `${tier} not reached: ${metrics.mismatched} of ${metrics.total} differ, ${metrics.maxUlp} ulp`
+      return testCase(
+        `${name} ${backend} against ${reference}`,
+        'parity',
+        passed ? '' : `<failure message="${escape(detail)}"/>`,
+      )
     }),
     ...controls.map(({ name, detected }) =>
       testCase(name, 'controls', detected ? '' : '<failure message="a spoiled result was not noticed"/>'),

@@ -57,6 +57,7 @@ export class PythonReferences {
 
   /** Gives cached GPU memory back between large cases. */
   release(): void {
-    if (this.#torch.get('cuda').method('is_available').toJS() === true) this.#torch.get('cuda').method('empty_cache', kw({}))
+    if (this.#torch.get('cuda').method('is_available').toJS() === true)
+      this.#torch.get('cuda').method('empty_cache', kw({}))
   }
 }

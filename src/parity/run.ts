@@ -1,24 +1,25 @@
 import { readdirSync } from 'node:fs'
-import { type Device, devices } from '../device.js'
-import { EpmoeError } from '../errors.js'
-import { type Metrics, native } from '../native.js'
 import { Op } from '../call.js'
+import { type Device, devices } from '../device.js'
+import { camelCase, EpmoeError } from '../errors.js'
+import { type Metrics, native } from '../native.js'
 import type { Python } from '../python/python.js'
-import { Tensor } from '../tensor.js'
+import type { Tensor } from '../tensor.js'
 import { type Backend, opInfo } from './backends.js'
 import type { Case, OpCases, Oracle, Problem } from './case.js'
 import { environmentOf } from './environment.js'
 import type { Guarded } from './guard.js'
 import { PythonReferences, type ReferenceFacts } from './references.js'
-import { type CaseResult, type ControlResult, type Report, type Skip } from './result.js'
-import { type Requirement, passes, reached, requirementFor } from './verdict.js'
-import { camelCase } from '../errors.js'
+import type { CaseResult, ControlResult, Report, Skip } from './result.js'
+import { passes, type Requirement, reached, requirementFor } from './verdict.js'
 
 /** Every op that has cases: one file an op in cases/, found by listing the folder. */
 export async function loadCases(): Promise<OpCases[]> {
   const folder = new URL('./cases/', import.meta.url)
   const files = readdirSync(folder).filter((file) => /\.(ts|js)$/.test(file) && !file.endsWith('.d.ts'))
-  return Promise.all(files.sort().map(async (file) => ((await import(new URL(file, folder).href)) as { default: OpCases }).default))
+  return Promise.all(
+    files.sort().map(async (file) => ((await import(new URL(file, folder).href)) as { default: OpCases }).default),
+  )
 }
 
 export interface RunOptions {
@@ -72,7 +73,11 @@ class ParityRun {
     const oracle = problem.oracle()
     const copies = new Map<Device, Record<string, Guarded>>([['cpu', problem.inputs]])
     const inputsOn = (device: Device) => {
-      if (!copies.has(device)) copies.set(device, mapValues(problem.inputs, (input) => input.to(device)))
+      if (!copies.has(device))
+        copies.set(
+          device,
+          mapValues(problem.inputs, (input) => input.to(device)),
+        )
       return copies.get(device)!
     }
     try {
@@ -160,7 +165,12 @@ class ParityRun {
   ): void {
     const key = { name: each.name, op: each.op, backend: backend.name }
     if (backend.device !== 'cpu' && !opInfo(each.op).cuda) {
-      this.#skips.push({ name: each.name, backend: backend.name, reference: '*', reason: 'this build has no CUDA kernel' })
+      this.#skips.push({
+        name: each.name,
+        backend: backend.name,
+        reference: '*',
+        reason: 'this build has no CUDA kernel',
+      })
       return
     }
     const outcome = attempt(() => this.#call(each.op, problem, inputsOn(backend.device), backend))
@@ -172,7 +182,15 @@ class ParityRun {
       const requirement = requirementFor(backend, facts, problem.bounds)
       const result: CaseResult =
         outcome instanceof Error
-          ? { ...key, reference: facts.name, ...requirement, reached: 'none', passed: false, failure: outcome.message, metrics: nothing }
+          ? {
+              ...key,
+              reference: facts.name,
+              ...requirement,
+              reached: 'none',
+              passed: false,
+              failure: outcome.message,
+              metrics: nothing,
+            }
           : this.#judge(key, facts, requirement, outcome, output, oracle)
       this.#cases.push(result)
       this.#options.onResult?.(result, this.#cases.length, 0)
@@ -240,7 +258,12 @@ class ParityRun {
     const key = `${each.op}/${each.dtype}/${backend.name}`
     const id = `${key} ${facts.name}`
     if (this.#controlled.has(id) || each.axes['T']! * each.axes['H']! > 1e6 || each.tags.includes('special')) return
-    const spoiled = spoiledOutputs(problem, (inputs) => this.#call(each.op, { ...problem, inputs }, inputs, backend), inputsOn(backend.device), backend)
+    const spoiled = spoiledOutputs(
+      problem,
+      (inputs) => this.#call(each.op, { ...problem, inputs }, inputs, backend),
+      inputsOn(backend.device),
+      backend,
+    )
     if (spoiled === undefined) return
     this.#controlled.add(id)
     for (const { name, output } of spoiled) {

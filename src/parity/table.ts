@@ -4,10 +4,27 @@ import type { CaseResult, Report } from './result.js'
 export function tableOf(report: Report): string {
   const groups = new Map<string, CaseResult[]>()
   for (const result of report.cases) {
-    const key = [result.op, /dtype=(\w+)/.exec(result.name)?.[1] ?? '', result.backend, result.reference, result.tier].join('|')
+    const key = [
+      result.op,
+      /dtype=(\w+)/.exec(result.name)?.[1] ?? '',
+      result.backend,
+      result.reference,
+      result.tier,
+    ].join('|')
     groups.set(key, [...(groups.get(key) ?? []), result])
   }
-  const header = ['op', 'dtype', 'backend', 'reference', 'tier', 'passed', 'identical', 'max ulp', 'error', "reference's error"]
+  const header = [
+    'op',
+    'dtype',
+    'backend',
+    'reference',
+    'tier',
+    'passed',
+    'identical',
+    'max ulp',
+    'error',
+    "reference's error",
+  ]
   const rows = [...groups].map(([key, results]) => [
     ...key.split('|'),
     `${results.filter((result) => result.passed).length}/${results.length}`,
@@ -17,7 +34,11 @@ export function tableOf(report: Report): string {
     median(results.map(({ metrics }) => metrics.referenceRelL2)).toExponential(2),
   ])
   const widths = header.map((title, column) => Math.max(title.length, ...rows.map((row) => row[column]!.length)))
-  const line = (cells: string[]) => cells.map((cell, column) => cell.padEnd(widths[column]!)).join('  ').trimEnd()
+  const line = (cells: string[]) =>
+    cells
+      .map((cell, column) => cell.padEnd(widths[column]!))
+      .join('  ')
+      .trimEnd()
   const failures = report.cases.filter((result) => !result.passed)
   return [
     line(header),

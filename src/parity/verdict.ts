@@ -48,4 +48,3 @@ export function reached(requirement: Requirement, metrics: Metrics): Tier | 'non
   if (metrics.mismatched === 0) return 'bit-exact'
   return passes(requirement, metrics) ? requirement.tier : 'none'
 }
-

@@ -1,6 +1,6 @@
-import type { PyObject } from './pymport.js'
-import { EpmoeError, describeValue } from '../errors.js'
+import { describeValue, EpmoeError } from '../errors.js'
 import { Tensor } from '../tensor.js'
+import type { PyObject } from './pymport.js'
 import { PyRef } from './ref.js'
 import type { Runtime } from './runtime.js'
 
@@ -67,7 +67,8 @@ export class Encoder {
       const { buffer, byteOffset, byteLength } = value
       return this.#object('object', this.runtime.memoryview(Buffer.from(buffer as ArrayBuffer, byteOffset, byteLength)))
     }
-    if (value instanceof Map) return { $: ['dict', [...value].map(([key, item]) => [this.#node(key), this.#node(item)])] }
+    if (value instanceof Map)
+      return { $: ['dict', [...value].map(([key, item]) => [this.#node(key), this.#node(item)])] }
     const prototype = Object.getPrototypeOf(value)
     if (prototype === Object.prototype || prototype === null) {
       return { $: ['dict', Object.entries(value).map(([key, item]) => [key, this.#node(item)])] }

@@ -1,8 +1,8 @@
-import type { PyObject } from './pymport.js'
 import { EpmoeError } from '../errors.js'
 import { setBridge } from '../foreign.js'
 import { native } from '../native.js'
 import { Tensor } from '../tensor.js'
+import type { PyObject } from './pymport.js'
 import type { PyRef } from './ref.js'
 import type { Runtime } from './runtime.js'
 

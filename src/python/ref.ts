@@ -1,6 +1,6 @@
-import type { PyObject } from './pymport.js'
 import { EpmoeError } from '../errors.js'
 import { registerAddresser } from '../foreign.js'
+import type { PyObject } from './pymport.js'
 import type { Runtime } from './runtime.js'
 
 /**

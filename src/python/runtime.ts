@@ -1,6 +1,6 @@
 import { PythonError } from '../errors.js'
-import { Encoder, KeywordArguments, decode } from './encode.js'
-import type { PyObject, Pymport } from './pymport.js'
+import { decode, Encoder, KeywordArguments } from './encode.js'
+import type { Pymport, PyObject } from './pymport.js'
 import { PyRef } from './ref.js'
 
 /**

@@ -29,7 +29,11 @@ export function startPython(options: StartOptions = {}): Python {
 
 function start(options: StartOptions): Python {
   if (!isMainThread) {
-    throw failure('the main thread', 'a worker', 'Start Python in the main thread; a worker that ends would take it along')
+    throw failure(
+      'the main thread',
+      'a worker',
+      'Start Python in the main thread; a worker that ends would take it along',
+    )
   }
   const { python, version } = choose(options)
   const pymport = load(python)
@@ -43,7 +47,11 @@ function start(options: StartOptions): Python {
     )
   }
   const { PyObject } = pymport
-  pymport.pymport('sys').get('path').get('insert').call(PyObject.int(0), PyObject.string(join(packageRoot, 'python')))
+  pymport
+    .pymport('sys')
+    .get('path')
+    .get('insert')
+    .call(PyObject.int(0), PyObject.string(join(packageRoot, 'python')))
   const bridge = pymport.pymport('epmoe._bridge')
   const exact = bridge.get('prepare').call(PyObject.string(python)).toJS() as string
   return new Python(new Runtime(pymport, bridge), exact, python)
@@ -71,10 +79,14 @@ function load(python: string): Pymport {
   process.env['PYTHONEXECUTABLE'] = python
   process.env['PATH'] = [dirname(python), path].filter(Boolean).join(delimiter)
   process.env['PYTHONUNBUFFERED'] ??= '1'
-  process.env['EPMOE_LIBRARY'] ??= join(nativeFolder(), process.platform === 'darwin' ? 'libepmoe.dylib' : 'libepmoe.so')
+  process.env['EPMOE_LIBRARY'] ??= join(
+    nativeFolder(),
+    process.platform === 'darwin' ? 'libepmoe.dylib' : 'libepmoe.so',
+  )
   // Python's ssl runs on Node's OpenSSL here and would look for certificates where Node's build says.
   const certificates = '/etc/ssl/certs/ca-certificates.crt'
-  if (process.env['SSL_CERT_FILE'] === undefined && existsSync(certificates)) process.env['SSL_CERT_FILE'] = certificates
+  if (process.env['SSL_CERT_FILE'] === undefined && existsSync(certificates))
+    process.env['SSL_CERT_FILE'] = certificates
   try {
     return createRequire(import.meta.url)('pymport') as Pymport
   } catch (cause) {

@@ -1,5 +1,5 @@
-import { type Device, type DType, Stream, Tensor, type TypedArray, postReorder } from 'epmoe'
-import { type PostReorderArguments } from '../../src/generated/ops.js'
+import { type Device, type DType, postReorder, Stream, Tensor, type TypedArray } from 'epmoe'
+import type { PostReorderArguments } from '../../src/generated/ops.js'
 
 /** Arguments of a small valid call: T = 3, K = 2, H = 8, all local, row r holding r + column / 8. */
 export function validCall(device: Device = 'cpu') {

@@ -11,7 +11,22 @@ import torch
 from epmoe import _triton
 from epmoe._triton import jit, narrow, tl, widen
 
-SPECIAL = [0x0000, 0x8000, 0x0001, 0x8001, 0x007F, 0x0080, 0x3F80, 0xBF80, 0x7F7F, 0xFF7F, 0x7F80, 0xFF80, 0x7FC0, 0x7F81]
+SPECIAL = [
+    0x0000,
+    0x8000,
+    0x0001,
+    0x8001,
+    0x007F,
+    0x0080,
+    0x3F80,
+    0xBF80,
+    0x7F7F,
+    0xFF7F,
+    0x7F80,
+    0xFF80,
+    0x7FC0,
+    0x7F81,
+]
 
 
 def patterns(seed, count=20000):
@@ -59,7 +74,9 @@ class Conversions(unittest.TestCase):
         for values in (
             rng.standard_normal(100000),
             np.ldexp(rng.standard_normal(100000), rng.integers(-140, 128, 100000)),
-            np.array([1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-8 + 2.0**-50, 2.0**-133, 2.0**-134, 3.4e38, 3.39e38, 1e300]),
+            np.array(
+                [1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-8 + 2.0**-50, 2.0**-133, 2.0**-134, 3.4e38, 3.39e38, 1e300]
+            ),
         ):
             for signed in (values, -values):
                 expected = torch.from_numpy(signed).to(torch.bfloat16)

@@ -2,7 +2,7 @@ import { devices } from '../../device.js'
 import { ops } from '../../ops.js'
 import { referenceNames } from '../../parity/references.js'
 import { loadCases } from '../../parity/run.js'
-import { type Verb, exitCodes } from '../verb.js'
+import { exitCodes, type Verb } from '../verb.js'
 
 const verb: Verb = {
   name: 'list',

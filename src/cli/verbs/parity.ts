@@ -12,7 +12,7 @@ import { loadCases, runParity } from '../../parity/run.js'
 import { summaryOf, tableOf } from '../../parity/table.js'
 import { startPython } from '../../python/start.js'
 import { Progress } from '../progress.js'
-import { type Verb, exitCodes, namesOf, usageError, wholeNumbers } from '../verb.js'
+import { exitCodes, namesOf, usageError, type Verb, wholeNumbers } from '../verb.js'
 
 interface Options {
   op?: string[]
@@ -49,9 +49,17 @@ const verb: Verb = {
       .option('--op <names>', 'ops, separated by commas', (text) => text.split(','))
       .option('--backend <names>', `all, or ${backendNames.join(', ')}`, namesOf('--backend', backendNames))
       .option('--reference <names>', `all, or ${referenceNames.join(', ')}`, namesOf('--reference', referenceNames))
-      .option('--dtype <names>', 'float32, float16, bfloat16', namesOf('--dtype', ['float32', 'float16', 'bfloat16'] as const))
+      .option(
+        '--dtype <names>',
+        'float32, float16, bfloat16',
+        namesOf('--dtype', ['float32', 'float16', 'bfloat16'] as const),
+      )
       .option('--tokens <counts>', 'tokens T', wholeNumbers('--tokens', 0))
-      .option('--preset <names>', `all, or ${Object.keys(presets).join(', ')}`, namesOf('--preset', Object.keys(presets)))
+      .option(
+        '--preset <names>',
+        `all, or ${Object.keys(presets).join(', ')}`,
+        namesOf('--preset', Object.keys(presets)),
+      )
       .option('--hidden <sizes>', 'hidden sizes H, without a preset', wholeNumbers('--hidden', 1))
       .option('--topk <counts>', 'experts a token K, without a preset', wholeNumbers('--topk', 1))
       .option('--experts <counts>', 'experts E, without a preset', wholeNumbers('--experts', 1))
@@ -63,7 +71,12 @@ const verb: Verb = {
       .option('--case <name>', 'a case by its printed name; may be repeated', collect)
       .option('--only <pattern>', 'cases whose name matches this regular expression')
       .option('--skip <pattern>', 'all but these')
-      .option('--interpreter-budget <steps>', 'largest case for interpreted Triton', wholeNumbers('--interpreter-budget', 0), [2500])
+      .option(
+        '--interpreter-budget <steps>',
+        'largest case for interpreted Triton',
+        wholeNumbers('--interpreter-budget', 0),
+        [2500],
+      )
       .option('--list', 'print the names of the cases and stop')
       .option('--json <file>', 'write the report')
       .option('--junit <file>', 'write the report as JUnit XML')
@@ -121,7 +134,9 @@ async function selectCases(options: Options): Promise<Case[]> {
   const dtypes = options.dtype
   const selected = cases.filter(
     ({ name, dtype }) =>
-      (only?.test(name) ?? true) && !(skip?.test(name) ?? false) && (grid !== undefined || (dtypes?.includes(dtype) ?? true)),
+      (only?.test(name) ?? true) &&
+      !(skip?.test(name) ?? false) &&
+      (grid !== undefined || (dtypes?.includes(dtype) ?? true)),
   )
   if (selected.length === 0) throw usageError('--only', 'a selection that leaves a case', 'none left')
   return selected
@@ -129,7 +144,17 @@ async function selectCases(options: Options): Promise<Case[]> {
 
 /** Any axis on the command line asks for the cross product instead of the standard cases. */
 function gridOf(options: Options): GridOptions | undefined {
-  const axes = [options.tokens, options.preset, options.hidden, options.topk, options.experts, options.ep, options.ids, options.weights, options.routing]
+  const axes = [
+    options.tokens,
+    options.preset,
+    options.hidden,
+    options.topk,
+    options.experts,
+    options.ep,
+    options.ids,
+    options.weights,
+    options.routing,
+  ]
   if (axes.every((axis) => axis === undefined)) return undefined
   return {
     tokens: options.tokens ?? [1, 7],
@@ -150,7 +175,9 @@ function gridOf(options: Options): GridOptions | undefined {
 async function controlCases(cases: Case[]): Promise<Case[]> {
   const standard = (await loadCases()).flatMap((each) => each.standard())
   const wanted = new Set(cases.map(({ op, dtype }) => `${op}/${dtype}`))
-  return [...wanted].flatMap((key) => standard.find((each) => `${each.op}/${each.dtype}` === key && each.axes['T']! > 8) ?? [])
+  return [...wanted].flatMap(
+    (key) => standard.find((each) => `${each.op}/${each.dtype}` === key && each.axes['T']! > 8) ?? [],
+  )
 }
 
 function patternOf(option: string, text: string | undefined): RegExp | undefined {

@@ -285,7 +285,11 @@ const dtypes: DType[] = ['float32', 'float16', 'bfloat16']
 function standard(): Case[] {
   const specs: Partial<Spec>[] = []
   for (const { hidden: H, experts: E, topk: K } of Object.values(presets)) {
-    specs.push({ T: 1, H, E, K }, { T: 3, H, E, K, ep: 8, dtype: 'float16', ids: 'int64' }, { T: 7, H, E, K, ep: 8, routing: 'skewed' })
+    specs.push(
+      { T: 1, H, E, K },
+      { T: 3, H, E, K, ep: 8, dtype: 'float16', ids: 'int64' },
+      { T: 7, H, E, K, ep: 8, routing: 'skewed' },
+    )
   }
   for (const dtype of dtypes) {
     specs.push(
@@ -317,7 +321,9 @@ function standard(): Case[] {
 function grid(options: GridOptions): Case[] {
   const shapes =
     options.presets.length > 0
-      ? options.presets.map((name) => presets[name]!).map(({ hidden, experts, topk }) => ({ H: hidden, E: experts, K: topk }))
+      ? options.presets
+          .map((name) => presets[name]!)
+          .map(({ hidden, experts, topk }) => ({ H: hidden, E: experts, K: topk }))
       : options.hidden.flatMap((H) => options.topk.flatMap((K) => options.experts.map((E) => ({ H, E, K }))))
   const specs: Spec[] = []
   for (const shape of shapes)
