@@ -15,17 +15,24 @@ __all__ = ["EpmoeError", "__version__", "check", "synchronize"]
 
 def __getattr__(name):
     """Functions are found on first use, so that importing epmoe imports neither torch nor the library."""
-    if not name.startswith("_"):
-        for module in _modules():
-            source = importlib.import_module(module)
+    if not name.startswith("__"):
+        if name in {module.name for module in pkgutil.iter_modules(__path__)}:
+            return importlib.import_module(f"epmoe.{name}")
+        for source in _sources():
             if name in source.__all__:
                 globals()[name] = getattr(source, name)
                 return globals()[name]
     raise AttributeError(f"module 'epmoe' has no attribute {name!r}")
 
 
-def _modules():
-    yield from ("epmoe._call", "epmoe.generated")
-    upstream = importlib.import_module("epmoe.upstream")
+def __dir__():
+    return sorted({*globals(), *(name for source in _sources() for name in source.__all__)})
+
+
+def _sources():
+    """The modules whose functions are offered here: one a kind, and in upstream one an op."""
+    from epmoe import _call, generated, upstream
+
+    yield from (_call, generated)
     for module in pkgutil.iter_modules(upstream.__path__):
-        yield f"epmoe.upstream.{module.name}"
+        yield importlib.import_module(f"epmoe.upstream.{module.name}")

@@ -1,43 +1,49 @@
-"""Calls ops on torch tensors: each op's plan is made once, and a call fills one reused array of values."""
+"""Calls ops on torch tensors: an op's descriptor is prepared once, and a call packs its values into one record."""
 
+import contextlib
 import ctypes
 import functools
+import numbers
 import os
-import threading
+import struct
 
 import torch
+from torch import Tensor
 
+from epmoe import _dlpack
 from epmoe import _library as c
 from epmoe.errors import EpmoeError
 
 __all__ = ["check", "synchronize"]
 
-_REFUSALS = (
-    ("is_sparse", "a sparse tensor", "Call to_dense() on it first"),
-    ("is_quantized", "a quantised tensor", "Call dequantize() on it first"),
-    ("is_meta", "a meta tensor, which has no memory", "Make it on cpu or cuda"),
-)
-_CODES = {
-    torch.float32: (2, 32),
-    torch.float16: (2, 16),
-    torch.float64: (2, 64),
-    torch.bfloat16: (4, 16),
-    torch.float8_e4m3fn: (10, 8),
-    torch.int8: (0, 8),
-    torch.int16: (0, 16),
-    torch.int32: (0, 32),
-    torch.int64: (0, 64),
-    torch.uint8: (1, 8),
-    torch.bool: (6, 8),
-    torch.complex64: (5, 64),
-    torch.complex128: (5, 128),
-}
+
+class _Param:
+    def __init__(self, param):
+        self.name = param.name.decode()
+        self.kind = param.kind
+        self.choices = {param.choices[i].decode(): i for i in range(param.n_choices)}
+
+
+class _Plan:
+    """An op's parameters, and how their values are packed as an array of epmoe_value."""
+
+    def __init__(self, op):
+        info = c.library().epmoe_op_find(op.encode())
+        if not info:
+            raise EpmoeError("ERR_UNKNOWN_OP", op=op, expected="an op of the built library", received=op)
+        self.info = ctypes.cast(info, ctypes.c_void_p)
+        self.params = [_Param(info.contents.params[i]) for i in range(info.contents.n_params)]
+        payload = {c.KIND_TENSOR: "P", c.KIND_INT: "q", c.KIND_FLOAT: "d", c.KIND_ENUM: "q"}
+        self.pack = struct.Struct("".join("i4x" + payload[param.kind] for param in self.params)).pack
+
+
+_plan = functools.cache(_Plan)
 
 
 @functools.cache
 def _has_exchange():
     """Hands torch's exchange table to the library, once. EPMOE_EXCHANGE=0 does without, as an older torch must."""
-    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None or os.environ.get("EPMOE_EXCHANGE") == "0":
         return False
     get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
@@ -46,103 +52,115 @@ def _has_exchange():
     return True
 
 
-class _Plan(threading.local):
-    """What a thread needs to call one op: the descriptor, and an array its arguments are written to."""
-
-    def __init__(self, name):
-        info = c.library().epmoe_op_find(name.encode())
-        if not info:
-            raise EpmoeError("ERR_UNKNOWN_OP", op=name, expected="an op of the built library", received=name)
-        self.info = ctypes.cast(info, ctypes.c_void_p)
-        params = [info.contents.params[i] for i in range(info.contents.n_params)]
-        self.names = [param.name.decode() for param in params]
-        self.kinds = [param.kind for param in params]
-        self.choices = [
-            {param.choices[i].decode(): i for i in range(param.n_choices)} if param.kind == c.KIND_ENUM else None
-            for param in params
-        ]
-        self.values = (c.Value * len(params))()
-        self.slots = list(self.values)  # elements of a ctypes array are made anew at each access
-        self.payloads = [slot.payload for slot in self.slots]
-        self.pointer = ctypes.cast(self.values, ctypes.c_void_p)
-
-
-_plan = functools.cache(_Plan)
-
-
 def invoke(op, values, stream=None):
     """Runs ``op`` on ``values``, positional in the descriptor's order; ``None`` stands for an absent argument."""
     plan = _plan(op)
     exchange = _has_exchange()
-    keep = []  # what the library reads during the call
-    gpu = None
-    for i, value in enumerate(values):
-        slot = plan.slots[i]
+    described = []  # what the library reads during the call
+    packed = []
+    for param, value in zip(plan.params, values, strict=True):
         if value is None:
-            slot.kind = c.VALUE_NONE
-        elif plan.kinds[i] == c.KIND_TENSOR:
-            if not isinstance(value, torch.Tensor):
-                raise EpmoeError(
-                    "ERR_NOT_A_TENSOR",
-                    op=op,
-                    argument=plan.names[i],
-                    expected="a torch.Tensor",
-                    received=_described(value),
-                    hint="Convert it with torch.as_tensor()",
-                )
-            if value.requires_grad or value.is_neg() or value.is_conj():
-                _refuse(op, plan.names[i], value)
-            if exchange:
-                slot.kind = c.VALUE_OBJECT
-                plan.payloads[i].object = id(value)
-            else:
-                if value.device.type == "cuda":
-                    gpu = value.device
-                slot.kind = c.VALUE_TENSOR
-                plan.payloads[i].tensor = _describe(op, plan.names[i], value, keep)
+            packed += c.VALUE_NONE, 0
+        elif param.kind != c.KIND_TENSOR:
+            packed += _scalar(op, param, value)
+        elif not isinstance(value, Tensor):
+            raise _not_a_tensor(op, param.name, value)
+        elif value.requires_grad or value.is_neg():  # the exchange table would export these without a word
+            raise _unsupported(op, param.name, value)
+        elif exchange:
+            packed += c.VALUE_OBJECT, id(value)
         else:
-            _put_scalar(op, plan, i, slot, value)
-    if stream is None and gpu is not None:
-        stream = torch.cuda.current_stream(gpu)
-    mode, handle = (c.STREAM_AUTO, None) if stream is None else (c.STREAM_GIVEN, _stream_handle(op, stream))
+            described.append(_described(op, param.name, value))
+            packed += c.VALUE_TENSOR, described[-1].address
+    if stream is None and not exchange:
+        device = next((each.device for each in described if each.device.type == "cuda"), None)
+        stream = device and torch.cuda.current_stream(device)
+    mode, handle = (c.STREAM_AUTO, None) if stream is None else (c.STREAM_GIVEN, _handle_of(op, stream))
+    reason = None
     try:
-        status = c.library().epmoe_invoke(plan.info, plan.pointer, len(plan.kinds), mode, handle)
-    except Exception:
-        status = 1  # torch left its own error pending; the library's, which names the argument, is told instead
+        status = c.library().epmoe_invoke(plan.info, plan.pack(*packed), len(plan.params), mode, handle)
+    except Exception as error:  # left by torch, which could not describe a tensor; the library knows which one
+        status, reason = c.last_error().status, error
     if status:
-        _raise(op, plan, values)
+        _fail(op, plan, values, status, reason)
 
 
-def _put_scalar(op, plan, i, slot, value):
-    payload = plan.payloads[i]
-    kind = plan.kinds[i]
-    if kind == c.KIND_ENUM and isinstance(value, str) and value in plan.choices[i]:
-        slot.kind, payload.i = c.VALUE_INT, plan.choices[i][value]
-    elif kind == c.KIND_INT and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
-        slot.kind, payload.i = c.VALUE_INT, value
-    elif kind == c.KIND_FLOAT and isinstance(value, (int, float)) and not isinstance(value, bool):
-        slot.kind, payload.f = c.VALUE_FLOAT, value
+def _fail(op, plan, values, status, reason):
+    """Raises the library's error, or what is wrong with the tensor it complains of, if that is no plain memory."""
+    name = c.last_error().argument.decode()
+    culprit = next((value for param, value in zip(plan.params, values, strict=True) if param.name == name), None)
+    if isinstance(culprit, Tensor) and (reason is not None or _dlpack.oddity(culprit) is not None):
+        raise _unsupported(op, name, culprit, reason)
+    if reason is not None:
+        raise reason
+    c.require(status)
+
+
+def _scalar(op, param, value):
+    """The kind and payload of a scalar. Exact types are tried first: they are what calls mostly bring, and cheap."""
+    if param.kind == c.KIND_INT:
+        whole = type(value) is int or (isinstance(value, numbers.Integral) and not isinstance(value, bool))
+        if whole and -(2**63) <= value < 2**63:
+            return c.VALUE_INT, int(value)
+        expected = "a whole number"
+    elif param.kind == c.KIND_FLOAT:
+        if type(value) is float:
+            return c.VALUE_FLOAT, value
+        if isinstance(value, numbers.Real) and not isinstance(value, bool):
+            with contextlib.suppress(OverflowError):
+                return c.VALUE_FLOAT, float(value)
+        expected = "a finite number that float32 can hold"
     else:
-        expected = {
-            c.KIND_ENUM: " or ".join(map(repr, plan.choices[i] or ())),
-            c.KIND_INT: "a whole number",
-            c.KIND_FLOAT: "a number",
-        }[kind]
-        raise EpmoeError(
-            "ERR_VALUE",
-            op=op,
-            argument=plan.names[i],
-            expected=expected,
-            received=_described(value),
-            hint="Leave it out for the default",
-        )
+        if isinstance(value, str) and value in param.choices:
+            return c.VALUE_INT, param.choices[value]
+        expected = " or ".join(map(repr, param.choices))
+    raise EpmoeError(
+        "ERR_VALUE",
+        op=op,
+        argument=param.name,
+        expected=expected,
+        received=_told(value),
+        hint="Leave it out for the default",
+    )
 
 
-def _described(value):
-    return repr(value) if isinstance(value, (str, int, float)) else f"a {type(value).__qualname__}"
+def _told(value):
+    if not isinstance(value, (bool, str, numbers.Number)):
+        return f"a {type(value).__qualname__}"
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
-def _stream_handle(op, stream):
+def _not_a_tensor(op, argument, value):
+    return EpmoeError(
+        "ERR_NOT_A_TENSOR",
+        op=op,
+        argument=argument,
+        expected="a torch.Tensor",
+        received=_told(value),
+        hint="Convert it with torch.as_tensor()",
+    )
+
+
+def _unsupported(op, argument, tensor, reason=None):
+    received, hint = _dlpack.oddity(tensor) or (f"a tensor that torch cannot describe: {_first_line(reason)}", "")
+    return EpmoeError(
+        "ERR_UNSUPPORTED_TENSOR", op=op, argument=argument, expected="a dense tensor", received=received, hint=hint
+    )
+
+
+def _first_line(reason):
+    return next(iter(str(reason).splitlines()), "")
+
+
+def _described(op, argument, tensor):
+    try:
+        return _dlpack.Description(tensor)
+    except (RuntimeError, AttributeError, TypeError) as reason:
+        raise _unsupported(op, argument, tensor, reason) from None
+
+
+def _handle_of(op, stream):
     handle = getattr(stream, "cuda_stream", stream)
     if isinstance(handle, int) and not isinstance(handle, bool):
         return handle
@@ -151,68 +169,50 @@ def _stream_handle(op, stream):
         op=op,
         argument="stream",
         expected="a torch.cuda.Stream or a cudaStream_t",
-        received=_described(stream),
+        received=_told(stream),
         hint="Leave it out for torch's current stream",
     )
 
 
-def _refusal(tensor):
-    for attribute, what, remedy in _REFUSALS:
-        if getattr(tensor, attribute):
-            return what, remedy
-    if tensor.requires_grad:
-        return "a tensor that requires grad", "Call detach() on it first"
-    if tensor.is_neg() or tensor.is_conj():
-        return "a tensor with its negative or conjugate bit set", "Call resolve_neg() or resolve_conj() on it first"
-    return None
-
-
-def _refuse(op, argument, tensor):
-    received, hint = _refusal(tensor) or ("a tensor that cannot be described", "Make it dense first")
-    raise EpmoeError(
-        "ERR_UNSUPPORTED_TENSOR", op=op, argument=argument, expected="a dense tensor", received=received, hint=hint
-    )
-
-
-def _raise(op, plan, values):
-    """The library's error; where torch could not describe a tensor, its own reason is worth more."""
-    for name, value in zip(plan.names, values, strict=True):
-        if isinstance(value, torch.Tensor) and _refusal(value):
-            _refuse(op, name, value)
-    c.require(1)
-
-
-def _describe(op, argument, tensor, keep):
-    if _refusal(tensor) or tensor.dtype not in _CODES:
-        _refuse(op, argument, tensor)
-    code, bits = _CODES[tensor.dtype]
-    sizes = (ctypes.c_int64 * max(1, tensor.dim()))(*tensor.shape)
-    strides = (ctypes.c_int64 * max(1, tensor.dim()))(*tensor.stride())
-    device_type, device_id = {"cpu": (1, 0), "cuda": (2, tensor.device.index or 0)}.get(tensor.device.type, (0, 0))
-    described = c.DLTensor(
-        tensor.data_ptr(),
-        c.DLDevice(device_type, device_id),
-        tensor.dim(),
-        c.DLDataType(code, bits, 1),
-        ctypes.cast(sizes, ctypes.POINTER(ctypes.c_int64)),
-        ctypes.cast(strides, ctypes.POINTER(ctypes.c_int64)),
-        0,
-    )
-    keep.append((sizes, strides, described))
-    return ctypes.pointer(described)
-
-
-def _device_index(device):
-    index = torch.device("cuda" if device is None else device).index
-    return torch.cuda.current_device() if index is None else index
-
-
 def synchronize(device=None):
-    """Waits for torch's current stream of a CUDA device (the current one by default), then behaves as :func:`check`."""
-    index = _device_index(device)
-    c.require(c.library().epmoe_stream_synchronize(index, torch.cuda.current_stream(index).cuda_stream))
+    """Waits for torch's current stream of a CUDA device (the current one by default), then behaves as :func:`check`.
+
+    Work on the CPU is done when an op returns: for it, and where there is no GPU, this does nothing.
+    """
+    index = _cuda_index("synchronize", device)
+    if index is not None:
+        stream = torch.cuda.current_stream(index).cuda_stream if torch.cuda.is_available() else None
+        c.require(c.library().epmoe_stream_synchronize(index, stream))
 
 
 def check(device=None):
     """Raises ERR_INDEX_OUT_OF_RANGE if a kernel that has finished on the device met such an index, and forgets it."""
-    c.require(c.library().epmoe_check(_device_index(device)))
+    index = _cuda_index("check", device)
+    if index is not None:
+        c.require(c.library().epmoe_check(index))
+
+
+def _cuda_index(op, device):
+    """The index of a CUDA device; None when there is nothing to wait for."""
+    if device is None:
+        return torch.cuda.current_device() if torch.cuda.is_available() else None
+    if isinstance(device, int) and not isinstance(device, bool) and 0 <= device < 2**31:
+        return device
+    try:
+        named = torch.device(device) if isinstance(device, (str, torch.device)) else None
+    except RuntimeError:
+        named = None
+    if named is None or named.type not in ("cpu", "cuda"):
+        raise EpmoeError(
+            "ERR_VALUE",
+            op=op,
+            argument="device",
+            expected="a CUDA device, as torch.device, 'cuda:0' or 0",
+            received=_told(device) if named is None else str(named),
+            hint="Leave it out for the current device",
+        )
+    if named.type == "cpu":
+        return None
+    if named.index is not None:
+        return named.index
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0

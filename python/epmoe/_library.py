@@ -103,47 +103,58 @@ def library():
     tried = _candidates()
     path = next((candidate for candidate in tried if candidate.exists()), None)
     if path is None:
-        raise EpmoeError(
-            "ERR_NATIVE",
-            expected="libepmoe at " + " or ".join(map(str, tried)),
-            received="no such file",
-            hint="Build it with `npm run setup`, or name it: EPMOE_LIBRARY=/path/to/libepmoe.so",
+        raise _unusable("libepmoe at " + " or ".join(map(str, tried)), "no such file", _BUILD)
+    try:
+        lib, waiting = ctypes.PyDLL(str(path)), ctypes.CDLL(str(path))
+        abi = lib.epmoe_abi_version()
+    except (OSError, AttributeError) as error:
+        raise _unusable(f"libepmoe at {path}", f"a file that does not load: {error}", _BUILD) from None
+    if abi != ABI_VERSION:
+        raise _unusable(
+            f"libepmoe of ABI {ABI_VERSION}",
+            f"{path} of ABI {abi}",
+            "Build the library and this package from one source",
         )
-    lib = ctypes.PyDLL(str(path))
-    _declare(lib)
-    if lib.epmoe_abi_version() != ABI_VERSION:
-        raise EpmoeError(
-            "ERR_NATIVE",
-            expected=f"libepmoe of ABI {ABI_VERSION}",
-            received=f"{path} of ABI {lib.epmoe_abi_version()}",
-            hint="Build the library and this package from one source",
-        )
+    for name, (result, arguments) in _SIGNATURES.items():
+        if name in _WAITING:
+            setattr(lib, name, getattr(waiting, name))
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
     return lib
 
 
-def _declare(lib):
-    c_int32, c_void_p = ctypes.c_int32, ctypes.c_void_p
-    signatures = {
-        "epmoe_abi_version": (c_int32, []),
-        "epmoe_version": (ctypes.c_char_p, []),
-        "epmoe_status_code": (ctypes.c_char_p, [c_int32]),
-        "epmoe_last_error": (ctypes.POINTER(Error), []),
-        "epmoe_op_find": (ctypes.POINTER(OpInfo), [ctypes.c_char_p]),
-        "epmoe_op_at": (ctypes.POINTER(OpInfo), [c_int32]),
-        "epmoe_set_exchange": (c_int32, [c_void_p]),
-        "epmoe_invoke": (c_int32, [c_void_p, c_void_p, c_int32, c_int32, c_void_p]),
-        "epmoe_stream_synchronize": (c_int32, [c_int32, c_void_p]),
-        "epmoe_check": (c_int32, [c_int32]),
-    }
-    for name, (result, arguments) in signatures.items():
-        function = getattr(lib, name)
-        function.restype, function.argtypes = result, arguments
+_BUILD = "Build it with `npm run setup`, or name it: EPMOE_LIBRARY=/path/to/libepmoe.so"
+
+
+def _unusable(expected, received, hint):
+    return EpmoeError("ERR_NATIVE", expected=expected, received=received, hint=hint)
+
+
+_SIGNATURES = {
+    "epmoe_version": (ctypes.c_char_p, []),
+    "epmoe_status_code": (ctypes.c_char_p, [ctypes.c_int32]),
+    "epmoe_last_error": (ctypes.POINTER(Error), []),
+    "epmoe_op_find": (ctypes.POINTER(OpInfo), [ctypes.c_char_p]),
+    "epmoe_op_at": (ctypes.POINTER(OpInfo), [ctypes.c_int32]),
+    "epmoe_set_exchange": (ctypes.c_int32, [ctypes.c_void_p]),
+    "epmoe_invoke": (
+        ctypes.c_int32,
+        [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p],
+    ),
+    "epmoe_stream_synchronize": (ctypes.c_int32, [ctypes.c_int32, ctypes.c_void_p]),
+    "epmoe_check": (ctypes.c_int32, [ctypes.c_int32]),
+}
+_WAITING = {"epmoe_stream_synchronize"}  # called without the GIL, so that other threads run meanwhile
+
+
+def last_error():
+    return library().epmoe_last_error().contents
 
 
 def require(status):
     """Raises what the library remembers of a failure on this thread."""
     if status == 0:
         return
-    error = library().epmoe_last_error().contents
+    error = last_error()
     text = {name: getattr(error, name).decode() for name in ("op", "argument", "expected", "received", "hint")}
     raise EpmoeError(library().epmoe_status_code(error.status).decode(), **text)

@@ -1,9 +1,9 @@
-"""What ops are compared with, by name: ``torch`` (eager, plain), ``triton`` (ours, written from the semantics) and
-``triton-original`` (SGLang's own kernel, where an SGLang is installed)."""
+"""What ops are compared with, by name: ``torch`` (eager, plain), ``triton`` (written from the semantics; with the
+suffix ``-float32`` it accumulates in float32) and ``triton-original`` (SGLang's own, where an SGLang is installed)."""
 
 import importlib
-from dataclasses import dataclass, field
-from typing import Callable
+from collections.abc import Callable
+from dataclasses import dataclass
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Reference:
     run: Callable
     problem: Callable = lambda: None
     objection: Callable = lambda **_: None
-    facts: Callable = field(default=dict)
+    facts: Callable = dict
 
 
 def references_of(op):

@@ -4,6 +4,7 @@ Importing the package would pull in its whole runtime. The file with the kernels
 else it imports is answered with stand-ins while it loads.
 """
 
+import ast
 import contextlib
 import functools
 import importlib.abc
@@ -43,17 +44,21 @@ def find():
     """The installed SGLang's kernels; EPMOE_SGLANG may name a folder that holds the package, or the file itself."""
     path, version = _locate()
     if path is None:
-        return Original("SGLang is not installed (or has no EP-MoE kernels)")
+        named = os.environ.get("EPMOE_SGLANG")
+        where = f"EPMOE_SGLANG={named} holds no sglang with" if named else "SGLang is not installed, or has no"
+        return Original(f"{where} EP-MoE kernels ({' or '.join(PATHS)})", version=version)
     try:
         module = load(path)
     except Exception as error:
-        return Original(f"{path} cannot be loaded in isolation: {type(error).__name__}: {error}", version=version)
+        problem = f"{path} cannot be loaded in isolation: {type(error).__name__}: {error}"
+        return Original(problem, version=version, path=path)
     kernel = getattr(module, "post_reorder_triton_kernel", None)
     if kernel is None:
-        return Original(f"{path} has no post_reorder_triton_kernel", version=version)
+        return Original(f"{path} has no post_reorder_triton_kernel", version=version, path=path)
     generation = generation_of(kernel)
     if generation is None:
-        return Original(f"{path}: post_reorder_triton_kernel has a signature not known", version=version)
+        problem = f"{path}: post_reorder_triton_kernel has a signature not known"
+        return Original(problem, version=version, path=path)
     problem = f"SGLang {version}: {KNOWN_WRONG}" if generation == "C" else None
     return Original(problem, module, version, generation, path)
 
@@ -63,20 +68,27 @@ def _locate():
     if named:
         root = Path(named)
         if root.is_file():
-            return root, "unknown"
-        roots = [root / "sglang", root]
-        version = next((p.name.split("-")[1] for p in root.glob("sglang-*.dist-info")), "unknown")
+            package = next((folder for folder in root.parents if folder.name == "sglang"), root.parent)
+            return root, _version_of(package)
+        roots = [root, root / "sglang", root / "python" / "sglang"]  # package, site-packages or wheel, repository
     else:
         spec = importlib.util.find_spec("sglang")
-        if spec is None:
-            return None, None
-        roots = [Path(folder) for folder in spec.submodule_search_locations or ()]
-        try:
-            version = importlib.metadata.version("sglang")
-        except importlib.metadata.PackageNotFoundError:
-            version = "unknown"
-    files = (root / path for root in roots for path in PATHS)
-    return next((file for file in files if file.is_file()), None), version
+        roots = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
+    for root in roots:
+        for path in PATHS:
+            if (root / path).is_file():
+                return root / path, _version_of(root)
+    return None, "unknown"
+
+
+def _version_of(package):
+    """The version of the distribution that a package's folder belongs to."""
+    for info in package.parent.glob("sglang-*.dist-info"):
+        return importlib.metadata.Distribution.at(info).version
+    with contextlib.suppress(OSError):
+        written = re.search(r"""__version__ = ["'](.+?)["']""", (package / "version.py").read_text())
+        return written.group(1) if written else "unknown"
+    return "unknown"
 
 
 def generation_of(kernel):
@@ -95,36 +107,73 @@ def generation_of(kernel):
 
 
 def load(path):
-    """Executes the file as a module of its own, with stand-ins for whatever it imports and does not need."""
+    """Executes the file as a module of its own, with stand-ins for what it imports and does not need."""
     spec = importlib.util.spec_from_file_location("epmoe_sglang_original", path)
     module = importlib.util.module_from_spec(spec)
-    with _stand_ins():
-        spec.loader.exec_module(module)
+    with _stand_ins({"sglang", *_absent_imports(path)}):
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            del sys.modules[spec.name]
     return module
 
 
-class _StandIn(types.ModuleType):
-    """A module that has every attribute: a function that answers False to any question."""
+def _absent_imports(path):
+    """Top-level names the file imports that are not installed."""
+    names = set()
+    for node in ast.walk(ast.parse(Path(path).read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.partition(".")[0])
+    return {name for name in names if name not in sys.modules and importlib.util.find_spec(name) is None}
+
+
+class _Nothing:
+    """Stands for a function, class or constant: false, and the same whatever is asked of it."""
+
+    def __call__(self, *args, **kwargs):
+        return self
 
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        return lambda *args, **kwargs: False
+        return self
+
+    def __getitem__(self, key):
+        return self
+
+    def __or__(self, other):
+        return self
+
+    __ror__ = __or__
+
+    def __bool__(self):
+        return False
+
+    def __mro_entries__(self, bases):
+        return ()
+
+
+class _StandIn(types.ModuleType):
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Nothing()
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    PREFIXES = ("sglang", "deep_gemm", "sgl_kernel", "vllm")
+    def __init__(self, names):
+        self.names = names
 
-    def __init__(self):
-        self.made = []
+    def answers(self, module):
+        return module.partition(".")[0] in self.names
 
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in self.PREFIXES:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if self.answers(name) else None
 
     def create_module(self, spec):
-        self.made.append(spec.name)
         return _StandIn(spec.name)
 
     def exec_module(self, module):
@@ -132,15 +181,16 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 @contextlib.contextmanager
-def _stand_ins():
+def _stand_ins(names):
     """Puts real modules of those names aside, and leaves no stand-in behind."""
-    finder = _Finder()
-    aside = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in finder.PREFIXES}
+    finder = _Finder(names)
+    aside = {name: sys.modules.pop(name) for name in list(sys.modules) if finder.answers(name)}
     sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
         sys.meta_path.remove(finder)
-        for name in finder.made:
-            sys.modules.pop(name, None)
+        for name in list(sys.modules):
+            if finder.answers(name):
+                del sys.modules[name]
         sys.modules.update(aside)

@@ -5,9 +5,7 @@ from epmoe.errors import EpmoeError
 __all__ = ["ep_moe_post_reorder"]
 
 
-def ep_moe_post_reorder(
-    down_output, output, src2dst, topk_ids, topk_weights, start_expert_id, end_expert_id, topk
-):
+def ep_moe_post_reorder(down_output, output, src2dst, topk_ids, topk_weights, start_expert_id, end_expert_id, topk):
     """Writes each token's weighted sum of its local experts' rows to ``output`` [T, H].
 
     ``down_output`` [T*K, H], ``src2dst`` [T*K] or [T, K], ``topk_ids`` and ``topk_weights`` [T, K]; experts from
