@@ -1,5 +1,6 @@
 #include "core/dtype.h"
 
+#include <cstring>
 #include <vector>
 
 namespace epmoe {
@@ -15,27 +16,19 @@ constexpr epmoe_dtype_info kDtypes[EPMOE_DTYPE_COUNT] = {
 }  // namespace
 
 int32_t dtype_of(DLDataType dl) {
-  if (dl.lanes != 1) return -1;
-  switch (dl.code << 8 | dl.bits) {  // on the path of every call: a search of the table would show
-    case kDLFloat << 8 | 32:
-      return EPMOE_FLOAT32;
-    case kDLFloat << 8 | 16:
-      return EPMOE_FLOAT16;
-    case kDLBfloat << 8 | 16:
-      return EPMOE_BFLOAT16;
-    case kDLFloat8_e4m3fn << 8 | 8:
-      return EPMOE_FLOAT8_E4M3FN;
-    case kDLInt << 8 | 32:
-      return EPMOE_INT32;
-    case kDLInt << 8 | 64:
-      return EPMOE_INT64;
-    case kDLUInt << 8 | 8:
-      return EPMOE_UINT8;
-    case kDLFloat << 8 | 64:
-      return EPMOE_FLOAT64;
-    default:
-      return -1;
-  }
+  // On the path of every call, where a search of the table would show.
+  struct Lookup {
+    int8_t by_code_and_bytes[32][9];
+    Lookup() {
+      std::memset(by_code_and_bytes, -1, sizeof by_code_and_bytes);
+      for (int8_t i = 0; i < EPMOE_DTYPE_COUNT; ++i) {
+        by_code_and_bytes[kDtypes[i].dl.code][kDtypes[i].dl.bits / 8] = i;
+      }
+    }
+  };
+  static const Lookup lookup;
+  if (dl.lanes != 1 || dl.code >= 32 || dl.bits % 8 != 0 || dl.bits > 64) return -1;
+  return lookup.by_code_and_bytes[dl.code][dl.bits / 8];
 }
 
 std::string dtype_name(DLDataType dl) {

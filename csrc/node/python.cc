@@ -77,8 +77,8 @@ PyObject *object_argument(const Napi::Value &value) {
   return reinterpret_cast<PyObject *>(static_cast<uintptr_t>(value.As<Napi::Number>().DoubleValue()));
 }
 
-bool truth_of_attribute(PyObject *object, Name name) {
-  PyObject *value = py.Object_GetAttr(object, py.names[name]);
+// The truth of a new reference, which is given up; a failure is false, and its error cleared.
+bool take_truth(PyObject *value) {
   if (value == nullptr) {
     py.Err_Clear();
     return false;
@@ -88,17 +88,13 @@ bool truth_of_attribute(PyObject *object, Name name) {
   return truth;
 }
 
+bool truth_of_attribute(PyObject *object, Name name) { return take_truth(py.Object_GetAttr(object, py.names[name])); }
+
 bool truth_of_method(PyObject *object, Name name) {
   PyObject *method = py.Object_GetAttr(object, py.names[name]);
   PyObject *value = method ? py.Object_CallObject(method, nullptr) : nullptr;
   if (method) py.DecRef(method);
-  if (value == nullptr) {
-    py.Err_Clear();
-    return false;
-  }
-  const bool truth = py.Object_IsTrue(value) == 1;
-  py.DecRef(value);
-  return truth;
+  return take_truth(value);
 }
 
 bool is_tensor(PyObject *object) {
