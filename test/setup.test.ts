@@ -78,23 +78,35 @@ test('the native step builds when sources or tools change, and not otherwise', (
   t.is(builds().trim().split('\n').length, 1, 'another compiler: built afresh')
 })
 
-test('npm packages: installed when the lock file changes; a failure says so', (t) => {
-  const sandbox = new Sandbox(t)
-  sandbox.command('npm', 'echo "npm error code ECONNREFUSED" >&2; exit 1')
-  mends(t, sandbox.step('node-modules', 'installNodeModules'), /ECONNREFUSED/, /npm ping/)
-  sandbox.command('npm', '')
-  succeeds(t, sandbox.step('node-modules', 'installNodeModules'), /ok \(installed\)/)
-  succeeds(t, sandbox.step('node-modules', 'installNodeModules'), /ok \(unchanged\)/)
-  sandbox.write('package-lock.json', '{}')
-  sandbox.write('node_modules/.package-lock.json', '{}')
-  succeeds(t, sandbox.step('node-modules', 'installNodeModules'), /ok \(installed\)/)
-  t.is(sandbox.calls().split('npm install').length - 1, 3)
-})
+/** A lock file of these packages; those of `dev` are needed for development only. */
+function lock(versions: Record<string, string>, dev: string[] = []): string {
+  const packages = Object.entries(versions).map(([name, version]) => [
+    `node_modules/${name}`,
+    { version, ...(dev.includes(name) ? { dev: true } : {}) },
+  ])
+  return JSON.stringify({
+    packages: { '': {}, 'node_modules/none': { optional: true }, ...Object.fromEntries(packages) },
+  })
+}
 
-test('node_modules that npm did not make are used as found', (t) => {
+test('npm packages: installed when one of the lock file is not there; a failure says so', (t) => {
   const sandbox = new Sandbox(t)
-  sandbox.pymport('3.99')
-  succeeds(t, sandbox.step('node-modules', 'installNodeModules'), /ok \(used as found\)/)
+  const install = (environment = {}) => sandbox.step('node-modules', 'installNodeModules', environment)
+  const put = (name: string, version: string) =>
+    sandbox.write(`node_modules/${name}/package.json`, JSON.stringify({ name, version }))
+  sandbox.write('package-lock.json', lock({ one: '1.0.0', two: '2.0.0' }, ['two']))
+  sandbox.command('npm', 'echo "npm error code ECONNREFUSED" >&2; exit 1')
+  mends(t, install(), /ECONNREFUSED/, /npm ping/)
+  put('one', '1.0.0')
+  mends(t, install(), /ECONNREFUSED/)
+  succeeds(t, install({ npm_config_offline: 'true' }), /ok \(offline, without two\)/)
+  sandbox.command('npm', '')
+  succeeds(t, install(), /ok \(installed\)/)
+  put('two', '2.0.0')
+  succeeds(t, install(), /ok \(unchanged\)/)
+  sandbox.write('package-lock.json', lock({ one: '1.0.1', two: '2.0.0' }))
+  succeeds(t, install(), /ok \(installed\)/)
+  t.is(sandbox.calls().split('npm install').length - 1, 4)
 })
 
 test('pymport needs pkg-config and Python headers', (t) => {
@@ -191,6 +203,7 @@ test('an old Node is told', (t) => {
 
 test('a program after the set-up gets the interpreter, its arguments, and gives its exit code', (t) => {
   const sandbox = new Sandbox(t)
+  sandbox.write('package-lock.json', lock({}))
   sandbox.pymport('3.99')
   for (const tool of tools) sandbox.command(tool, 'echo 1.0')
   sandbox.command('mine', 'case "$2" in *find_spec*) ;; *) echo 3.99.1;; esac')

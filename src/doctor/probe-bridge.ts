@@ -17,5 +17,6 @@ postReorder({
 })
 const expected = Array.from({ length: 8 }, (_, column) => 0.5 * (8 + column) + 0.25 * column)
 const received = Array.from(Tensor.fromTorch(output).data as Float32Array)
-if (String(received) !== String(expected)) throw new Error(`postReorder gave ${String(received)} instead of ${String(expected)}`)
+if (String(received) !== String(expected))
+  throw new Error(`postReorder gave ${String(received)} instead of ${String(expected)}`)
 console.log(marker + JSON.stringify(`Python ${python.version} in this process, postReorder on torch tensors is right`))

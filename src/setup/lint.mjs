@@ -28,7 +28,7 @@ function checks(bin) {
     .flatMap((folder) => filesIn(inRoot(folder)))
     .filter((file) => /\.(cc|cu|cuh|h)$/.test(file))
   const ruff = join(bin, 'ruff')
-  const python = ['--config', 'python/pyproject.toml', 'python', 'bench', 'test']
+  const python = ['--config', 'python/pyproject.toml', '--cache-dir', '.cache/ruff', 'python', 'bench', 'test']
   return [
     [npm('biome'), ['check', ...(fix ? ['--write'] : []), '--error-on-warnings', '.']],
     [npm('oxlint'), fix ? ['--fix'] : ['--deny-warnings']],
