@@ -33,6 +33,12 @@ function tell(error: unknown, code: number): void {
   if (code === exitCodes.environment) console.error('epmoe doctor tells what is missing and how to mend it')
 }
 
+// Whoever reads the output may stop early, as head does; that is no failure of ours.
+process.stdout.on('error', (error: NodeJS.ErrnoException) => {
+  if (error.code === 'EPIPE') process.exit(exitCodes.passed)
+  throw error
+})
+
 const program = new Command('epmoe')
   .description('EP-MoE kernels for CUDA and CPU, proved against the Triton originals')
   .version(packageVersion)
