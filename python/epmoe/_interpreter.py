@@ -1,8 +1,8 @@
-"""Mends Triton's interpreter where bfloat16 is concerned.
+"""Mends Triton's interpreter (TRITON_INTERPRET=1).
 
-The interpreter keeps bfloat16 as raw 16-bit patterns and computes on the patterns as if they were integers; its
-conversion from float32 truncates. Once mended, each operation on bfloat16 is computed on the values and rounded once,
-to nearest even, as hardware does.
+It keeps bfloat16 as raw 16-bit patterns and computes on the patterns as if they were integers; its conversion from
+float32 truncates. Once mended, each operation on bfloat16 is computed on the values and rounded once, to nearest even,
+as hardware does. Before Triton 3.8 it also needs a numpy older than 2.4; once mended, it does not.
 """
 
 import numpy as np
@@ -13,7 +13,8 @@ REFUSED = ("create_dot", "create_dot_scaled", "create_clampf", "create_erf", "cr
 
 def widen(bits):
     """bfloat16 patterns (uint16) as float64 values, exactly."""
-    return (np.asarray(bits, np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        return (np.asarray(bits, np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
 def narrow(values):
@@ -43,7 +44,23 @@ def sum_to_odd(a, b):
 
 
 def mend(interpreter, tl):
-    """Replaces operations of ``triton.runtime.interpreter``; raises AttributeError where it is not as expected."""
+    """Replaces parts of ``triton.runtime.interpreter``; raises AttributeError where it is not as expected."""
+    _mend_bfloat16(interpreter, tl)
+    _mend_index(interpreter)
+
+
+def _mend_index(interpreter):
+    """Loop bounds are arrays of one element, which numpy takes for no integer any more."""
+    original = interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor(tensor, scope):
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor
+
+
+def _mend_bfloat16(interpreter, tl):
     builder, handle, bfloat16 = interpreter.InterpreterBuilder, interpreter.TensorHandle, tl.bfloat16
     mended = ("binary_op", "unary_op", "create_fma", "cast_impl", "create_fp_to_fp")
     original = {name: getattr(builder, name) for name in mended}
@@ -52,7 +69,7 @@ def mend(interpreter, tl):
         return isinstance(operand, handle) and operand.dtype.scalar == bfloat16
 
     def result_of(values):
-        return handle(values if values.dtype == bool else narrow(values), bfloat16)
+        return handle(values, tl.int1) if values.dtype == bool else handle(narrow(values), bfloat16)
 
     def binary_op(self, lhs, rhs, op):
         if not is_bfloat16(lhs):

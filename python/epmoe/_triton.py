@@ -33,11 +33,11 @@ if INTERPRETED:
     try:
         from triton.runtime import interpreter
 
-        from epmoe._bfloat16 import mend
+        from epmoe._interpreter import mend
 
         mend(interpreter, tl)
     except (ImportError, AttributeError) as error:
-        _mending_problem = f"Triton {triton.__version__} interprets bfloat16 wrongly, in a way not known: {error}"
+        _mending_problem = f"the interpreter of Triton {triton.__version__} is not the one known: {error}"
 
 
 @functools.cache
