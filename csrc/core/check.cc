@@ -131,7 +131,8 @@ class Checker {
         fail(EPMOE_ERR_VALUE, param.name, "a finite number that float32 can hold", number_text(number),
              "Leave it out for " + number_text(param.default_value));
       }
-    } else if (number != std::floor(number) || number < param.min_value || number > param.max_value) {
+    } else if ((value.kind == EPMOE_VALUE_FLOAT && number != std::floor(number)) || number < param.min_value ||
+               number > param.max_value) {
       const std::string what = param.kind == EPMOE_KIND_ENUM ? "the index of a choice" : "a whole number";
       fail(EPMOE_ERR_VALUE, param.name,
            what + " from " + number_text(param.min_value) + " to " + number_text(param.max_value), number_text(number),
@@ -271,9 +272,9 @@ class Checker {
     }
     const auto address = reinterpret_cast<uintptr_t>(call_->data<char>(i));
     if (address == 0) fail(EPMOE_ERR_NOT_A_TENSOR, params_[i].name, "memory", "a null pointer", "Allocate it first");
-    if (address % static_cast<uintptr_t>(item) != 0) {
+    if ((address & static_cast<uintptr_t>(item - 1)) != 0) {  // item sizes are powers of two
       fail(EPMOE_ERR_MISALIGNED, params_[i].name, "an address that is a multiple of " + std::to_string(item) + " bytes",
-           "remainder " + std::to_string(address % static_cast<uintptr_t>(item)), "Copy it to fresh memory");
+           "remainder " + std::to_string(address & static_cast<uintptr_t>(item - 1)), "Copy it to fresh memory");
     }
   }
 
