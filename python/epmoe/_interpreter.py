@@ -34,9 +34,10 @@ def narrow(values):
 def sum_to_odd(a, b):
     """a + b in float64, rounded to odd, so that rounding it again to fewer bits is rounding once."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    total = a + b
-    there = total - a
-    lost = (a - (total - there)) + (b - there)
+    with np.errstate(invalid="ignore"):
+        total = a + b
+        there = total - a
+        lost = (a - (total - there)) + (b - there)
     bits = np.atleast_1d(total).view(np.int64)
     even = np.isfinite(total) & (lost != 0) & (bits & 1 == 0).reshape(total.shape)
     step = np.where(even, np.where((lost > 0) == (total > 0), 1, -1), 0)

@@ -1,7 +1,10 @@
 """The correction of Triton's interpreter, proved against torch's bfloat16 arithmetic."""
 
 import os
+import subprocess
+import sys
 import unittest
+from fractions import Fraction
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -46,6 +49,11 @@ def same(a, b):
     return bool(((a.view(torch.int16) == b.view(torch.int16)) | (a.isnan() & b.isnan())).all())
 
 
+def same_but_zeros(a, b):
+    """The same, whatever the sign of a zero: exact arithmetic knows one zero only."""
+    return same(*(np.where(bits == 0x8000, 0, bits).astype(np.uint16) for bits in (a, b)))
+
+
 def bits_of(tensor):
     return tensor.view(torch.int16).numpy().view(np.uint16)
 
@@ -59,6 +67,37 @@ def binary_kernel(x, y, total, product, difference, less, as_float, N: tl.conste
     tl.store(difference + at, a - b)
     tl.store(less + at, (a < b).to(tl.int32))
     tl.store(as_float + at, a.to(tl.float32))
+
+
+@jit
+def further_kernel(x, y, z, fused, quotient, negated, magnitude, smaller, larger, chosen, N: tl.constexpr):
+    at = tl.arange(0, N)
+    a, b, c = tl.load(x + at), tl.load(y + at), tl.load(z + at)
+    tl.store(fused + at, tl.fma(a, b, c))
+    tl.store(quotient + at, tl.fdiv(a, b))
+    tl.store(negated + at, -a)
+    tl.store(magnitude + at, tl.abs(a))
+    tl.store(smaller + at, tl.minimum(a, b))
+    tl.store(larger + at, tl.maximum(a, b))
+    tl.store(chosen + at, tl.where(a >= b, a, c))
+
+
+@jit
+def types_kernel(x, half, double, whole, back_half, back_double, back_whole, N: tl.constexpr):
+    at = tl.arange(0, N)
+    value = tl.load(x + at)
+    tl.store(half + at, value.to(tl.float16))
+    tl.store(double + at, value.to(tl.float64))
+    tl.store(whole + at, value.to(tl.int32))
+    tl.store(back_half + at, tl.load(half + at).to(tl.bfloat16))
+    tl.store(back_double + at, (tl.load(double + at) * 1.00390625).to(tl.bfloat16))
+    tl.store(back_whole + at, tl.load(whole + at).to(tl.bfloat16))
+
+
+@jit
+def refused_kernel(x, out, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.atomic_add(out + at, tl.load(x + at))
 
 
 @jit
@@ -90,6 +129,15 @@ class Conversions(unittest.TestCase):
         value = 1 + 2.0**-8 + 2.0**-50
         self.assertEqual(narrow(value), 0x3F81)
         self.assertEqual(bits_of(torch.tensor([value], dtype=torch.float64).to(torch.bfloat16))[0], 0x3F80)
+
+    def test_a_sum_to_odd_remembers_what_it_cannot_hold(self):
+        tie = 1 + 2.0**-8
+        for tiny, expected in ((2.0**-90, 0x3F81), (-(2.0**-90), 0x3F80), (0.0, 0x3F80)):
+            self.assertEqual(narrow(sum_to_odd(tie, tiny)), expected)
+            self.assertEqual(narrow(sum_to_odd(-tie, -tiny)), expected | 0x8000)
+        self.assertEqual(narrow(tie + 2.0**-90), 0x3F80)  # what a plain sum makes of it
+        for a, b in ((np.inf, 1.0), (-np.inf, 1.0), (0.0, 0.0), (1.0, -1.0), (3.0, 0.5)):
+            self.assertEqual(sum_to_odd(a, b), a + b)
 
     def test_widen_is_exact(self):
         bits = np.arange(2**16, dtype=np.uint16)
@@ -126,10 +174,99 @@ class Interpreter(unittest.TestCase):
         self.assertFalse(torch.equal(out, (values.view(torch.int32) & ~0xFFFF).view(torch.float32).to(torch.bfloat16)))
         self.assertTrue(torch.equal(scaled, values.to(torch.bfloat16) * torch.tensor(0.3, dtype=torch.bfloat16)))
 
+    def test_further_operations_are_those_of_torch(self):
+        a, b, c = patterns(1, 16384), patterns(2, 16384), patterns(7, 16384)
+        x, y, z = map(as_torch, (a, b, c))
+        outs = [torch.zeros_like(x) for _ in range(7)]
+        further_kernel[(1,)](x, y, z, *outs, N=len(a))
+        fused, quotient, negated, magnitude, smaller, larger, chosen = map(bits_of, outs)
+        self.assertTrue(same(quotient, bits_of(x / y)))
+        self.assertTrue(same(negated, bits_of(-x)))
+        self.assertTrue(same(magnitude, bits_of(x.abs())))
+        self.assertTrue(same(chosen, bits_of(torch.where(x >= y, x, z))))
+        numbers = torch.isfinite(x) & torch.isfinite(y) & (x != y)  # of -0 and 0 either is the smaller
+        for got, expected in ((smaller, torch.minimum(x, y)), (larger, torch.maximum(x, y))):
+            self.assertTrue(same(got[numbers.numpy()], bits_of(expected)[numbers.numpy()]))
+        finite = torch.isfinite(x) & torch.isfinite(y) & torch.isfinite(z)
+        triples = zip(*(tensor[finite].tolist() for tensor in (x, y, z)), strict=True)
+        expected = [nearest(*map(Fraction, triple)) for triple in triples]
+        self.assertTrue(same_but_zeros(fused[finite.numpy()], np.array(expected, np.uint16)))
+        twice = bits_of(x * y + z)
+        self.assertFalse(same_but_zeros(fused[finite.numpy()], twice[finite.numpy()]))
+
+    def test_conversions_between_types_are_those_of_torch(self):
+        bits = patterns(9, 4096)
+        bits = bits[np.abs(widen(bits)) < 2.0**31]
+        x = as_torch(np.resize(bits, 4096))
+        kinds = (torch.float16, torch.float64, torch.int32, *[torch.bfloat16] * 3)
+        half, double, whole, *back = [torch.zeros(4096, dtype=kind) for kind in kinds]
+        types_kernel[(1,)](x, half, double, whole, *back, N=4096)
+        self.assertTrue(torch.equal(half, x.half()))
+        self.assertTrue(torch.equal(double, x.double()))
+        self.assertTrue(torch.equal(whole, x.to(torch.int32)))
+        self.assertTrue(torch.equal(back[0], half.to(torch.bfloat16)))
+        expected = [nearest(Fraction(value), Fraction(257, 256), Fraction(0)) for value in x.double().tolist()]
+        self.assertTrue(same_but_zeros(bits_of(back[1]), np.array(expected, np.uint16)))
+        self.assertTrue(torch.equal(back[2], whole.to(torch.bfloat16)))
+
+    def test_what_is_not_mended_fails_rather_than_answers(self):
+        x = torch.ones(4, dtype=torch.bfloat16)
+        with self.assertRaisesRegex(Exception, "create_atomic_rmw on bfloat16"):
+            refused_kernel[(1,)](x, torch.zeros_like(x), N=4)
+        out = torch.zeros(4)
+        refused_kernel[(1,)](x.float(), out, N=4)
+        self.assertEqual(out.tolist(), [1.0] * 4)
+
     def test_it_is_in_place(self):
         self.assertTrue(_triton.INTERPRETED)
         self.assertIsNone(_triton.problem())
         self.assertIsNone(_triton.bfloat16_problem())
+
+    def test_an_interpreter_left_as_it_is_is_caught(self):
+        problem = told(
+            "import epmoe._interpreter as i; i._mend_bfloat16 = lambda *a: None;"
+            "from epmoe import _triton; print(_triton.problem(), '|', _triton.bfloat16_problem())"
+        )
+        self.assertRegex(problem, r"^None \| the interpreter of Triton \S+ (computes bfloat16 wrongly|fails)")
+
+    def test_an_interpreter_of_another_make_is_told(self):
+        problem = told(
+            "from triton.runtime import interpreter; del interpreter.InterpreterBuilder.cast_impl;"
+            "from epmoe import _triton; print(_triton.bfloat16_problem())"
+        )
+        self.assertRegex(problem, "interpreter of Triton .*cast_impl")
+
+    def test_without_triton_all_but_its_kernels_is_there(self):
+        told_of = told(
+            "import sys; sys.modules['triton'] = None;"
+            "from epmoe import references; d = references.describe('post_reorder');"
+            "print(d['torch']['problem'], *{d[n]['problem'] for n in d if n != 'torch'})"
+        )
+        self.assertRegex(told_of, "^None Triton cannot be imported: .*triton")
+
+
+def told(code):
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return result.stdout.strip() or result.stderr
+
+
+def nearest(a, b, c):
+    """a * b + c as a bfloat16 pattern, by exact arithmetic: the nearest value, of two the even one."""
+    exact = a * b + c
+    sign, exact = (0x8000, -exact) if exact < 0 else (0, exact)
+    low, high = 0, 0x7F80  # patterns of positive numbers are in the order of the numbers; 0x7F80 stands for 2^128
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if value_of(middle) <= exact else (low, middle)
+    below, above = exact - value_of(low), value_of(high) - exact
+    return sign | (low if below < above or (below == above and low % 2 == 0) else high)
+
+
+def value_of(bits):
+    exponent, fraction = bits >> 7, bits & 0x7F
+    if exponent == 0:
+        return Fraction(fraction, 2**133)
+    return (128 + fraction) * Fraction(2) ** (exponent - 134)
 
 
 if __name__ == "__main__":
