@@ -62,9 +62,8 @@ def time_cold(call):
 
 def main():
     rate = copy_rate()
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}; copy {rate / 1e12:.3f} TB/s"
-    )
+    versions = f"torch {torch.__version__}, Triton {triton.__version__}"
+    print(f"{torch.cuda.get_device_name()}, {versions}; copy {rate / 1e12:.3f} TB/s")
     print("post_reorder bf16 K=8, all local: µs as a graph node (L2 warm) / with L2 flushed")
     print(
         f"{'H':>5} {'T':>5}  {'epmoe':>15}  {'triton numerics':>15}  {'Triton':>15}  {'torch cold':>10}  {'of copy':>7}"

@@ -62,7 +62,7 @@ if (gpu !== undefined) {
     const context = torch.get('cuda').method('stream', side)
     context.method('__enter__').dispose()
     try {
-      t.is(Stream.torchCurrent(device).address, side.get('cuda_stream').toJS())
+      t.is(Stream.torchCurrent(device).address, side.get('cuda_stream').toJS() as number)
       postReorder({ ...call, output })
     } finally {
       context.method('__exit__', null, null, null).dispose()
