@@ -51,7 +51,7 @@ def problem():
 @functools.cache
 def bfloat16_problem():
     """None, or why the results of bfloat16 kernels would be worthless."""
-    known = problem() or _mending_problem
+    known = _mending_problem or problem()
     return known or (_interpreter_problem("bfloat16") if INTERPRETED else None)
 
 

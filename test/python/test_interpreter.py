@@ -181,7 +181,7 @@ class Interpreter(unittest.TestCase):
         further_kernel[(1,)](x, y, z, *outs, N=len(a))
         fused, quotient, negated, magnitude, smaller, larger, chosen = map(bits_of, outs)
         self.assertTrue(same(quotient, bits_of(x / y)))
-        self.assertTrue(same(negated, bits_of(-x)))
+        self.assertTrue(same_but_zeros(negated, bits_of(-x)))  # older Tritons compute 0 - x
         self.assertTrue(same(magnitude, bits_of(x.abs())))
         self.assertTrue(same(chosen, bits_of(torch.where(x >= y, x, z))))
         numbers = torch.isfinite(x) & torch.isfinite(y) & (x != y)  # of -0 and 0 either is the smaller
