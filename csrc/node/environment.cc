@@ -1,6 +1,5 @@
 #include "node/environment.h"
 
-#include <cmath>
 #include <set>
 
 #include "node/python.h"
@@ -8,7 +7,12 @@
 namespace epmoe::node {
 namespace {
 
-constexpr double kIndexSpan = 16777216.0;  // 2^24 tensors alive at once; the generation stands above
+// A handle is a whole number below 2^53, which JavaScript holds exactly: the generation above 24 bits of index.
+constexpr int kIndexBits = 24;
+constexpr uint64_t kIndexSpan = uint64_t{1} << kIndexBits;
+
+uint64_t index_of(double handle) { return static_cast<uint64_t>(handle) & (kIndexSpan - 1); }
+uint64_t generation_of(double handle) { return static_cast<uint64_t>(handle) >> kIndexBits; }
 
 }  // namespace
 
@@ -39,21 +43,20 @@ double Environment::insert(std::unique_ptr<TensorRecord> record) {
     free_.pop_back();
   }
   slots_[index].record = std::move(record);
-  return slots_[index].generation * kIndexSpan + index;
+  return static_cast<double>(slots_[index].generation * kIndexSpan + index);
 }
 
 TensorRecord *Environment::find(double handle) {
-  if (!(handle >= 0)) return nullptr;
-  const double generation = std::floor(handle / kIndexSpan);
-  const auto index = static_cast<size_t>(handle - generation * kIndexSpan);
-  if (index >= slots_.size() || slots_[index].generation != generation) return nullptr;
+  if (!(handle >= 0 && handle < 9007199254740992.0)) return nullptr;
+  const uint64_t index = index_of(handle);
+  if (index >= slots_.size() || slots_[index].generation != generation_of(handle)) return nullptr;
   return slots_[index].record.get();
 }
 
 bool Environment::erase(double handle, bool detach) {
   TensorRecord *record = find(handle);
   if (record == nullptr) return false;
-  const auto index = static_cast<uint32_t>(std::fmod(handle, kIndexSpan));
+  const auto index = static_cast<uint32_t>(index_of(handle));
   if (record->buffer != nullptr) {
     napi_value buffer = nullptr;
     napi_get_reference_value(env, record->buffer, &buffer);
