@@ -18,7 +18,7 @@ export interface ReferenceFacts {
   generation?: string
 }
 
-export const referenceNames = ['float64', 'torch', 'triton', 'triton-original'] as const
+export const referenceNames = ['float64', 'torch', 'triton', 'triton-float32', 'triton-original'] as const
 
 /** An op's references that live in Python. */
 export class PythonReferences {
