@@ -50,6 +50,27 @@ compiled('a worker may use the kernels but not start Python', (t) => {
   t.regex(output, /Tensor\(float32\[2\] on cpu\)/)
 })
 
+test('a torch without the exchange table is read by __dlpack__', (t) => {
+  const { status, output } = run(
+    `
+    const py = e.startPython()
+    const torch = py.import('torch')
+    const v = (x, n) => py.eval(x, { torch, ...n })
+    const [d, o, s, w] = ['torch.randn(8, 16)', 'torch.full((4, 16), float("nan"))', 'torch.randperm(8)', 'torch.rand(4, 2)'].map((x) => v(x))
+    e.postReorder({ downOutput: d, output: o, src2dst: s, topkWeights: w })
+    const error = v('((d[s].view(4, 2, -1) * w[..., None]).sum(1) - o).abs().max().item()', { d, s, w, o }).toJS()
+    const tensor = e.Tensor.fromTorch(d)
+    const back = tensor.toTorch()
+    console.log(error < 1e-5, back.method('data_ptr').toJS() === d.method('data_ptr').toJS(), e.stats().cpu.tensors)
+    for (const bad of ['torch.ones(8, 16).to_sparse()', 'torch.ones(8, 16, requires_grad=True)', '3'])
+      try { e.postReorder({ downOutput: v(bad), output: o, src2dst: s, topkWeights: w }) } catch (x) { console.log(x.code) }`,
+    { EPMOE_EXCHANGE: '0' },
+  )
+  t.is(status, 0, output)
+  // One tensor is left, the one that was asked for: those made for the call are gone.
+  t.regex(output, /^true true 1\nERR_UNSUPPORTED_TENSOR\nERR_UNSUPPORTED_TENSOR\nERR_NOT_A_TENSOR$/m)
+})
+
 test('a process that used torch ends by itself, with code 0', (t) => {
   const { status, signal, output } = run(`
     const py = e.startPython()

@@ -226,16 +226,23 @@ void put_in_inbox(PyObject *object) {
   py.DecRef(object);
 }
 
+// Makes the framework's current stream wait for the work on a tensor that is about to be handed to it; where the
+// framework cannot be asked for its stream, the work itself is waited for.
+void follow_framework(Environment &environment, TensorRecord &record) {
+  if (record.dl.device.device_type != kDLCUDA) return;
+  const int32_t device_id = record.dl.device.device_id;
+  if (!has_exchange()) return environment.require(epmoe_stream_synchronize(device_id, environment.home_stream(record)));
+  void *current = nullptr;
+  environment.require(epmoe_stream_foreign(device_id, &current));
+  environment.follow(record, current);
+}
+
 // (handle): leaves a torch.Tensor over the same memory in the inbox, by the exchange table.
 void to_object(const Napi::CallbackInfo &info) {
   Environment &environment = Environment::of(info.Env());
   const Gil gil;
   TensorRecord &record = require_tensor(info, 0);
-  if (record.dl.device.device_type == kDLCUDA) {
-    void *current = nullptr;
-    environment.require(epmoe_stream_foreign(record.dl.device.device_id, &current));
-    environment.follow(record, current);
-  }
+  follow_framework(environment, record);
   DLManagedTensorVersioned *managed = export_versioned(record);
   void *object = nullptr;
   if (py.exchange->managed_tensor_to_py_object_no_sync(managed, &object) != 0) {
@@ -248,7 +255,8 @@ void to_object(const Napi::CallbackInfo &info) {
 
 // (handle): leaves an unversioned DLPack capsule in the inbox, which every consumer understands.
 void to_capsule(const Napi::CallbackInfo &info) {
-  const TensorRecord &record = require_tensor(info, 0);
+  TensorRecord &record = require_tensor(info, 0);
+  follow_framework(Environment::of(info.Env()), record);
   const Gil gil;
   auto *managed = export_tensor<DLManagedTensor>(record);
   put_in_inbox(py.Capsule_New(managed, "dltensor", [](PyObject *capsule) {

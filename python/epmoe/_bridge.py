@@ -149,7 +149,9 @@ def _torch_facts():
     """Addresses of what the addon needs of torch: the tensor type, its exchange table (or 0), and the inbox."""
     import torch
 
-    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    from epmoe._dlpack import exchange_capsule
+
+    capsule = exchange_capsule()
     _attached[:] = [torch.Tensor, capsule, inbox]
     return f"{id(torch.Tensor)} {0 if capsule is None else id(capsule)} {id(inbox)}"
 
@@ -162,6 +164,9 @@ def _to_capsule(tensor):
         raise TypeError(f"expected a torch.Tensor, received {type(tensor).__qualname__}")
     if tensor.is_neg():
         raise BufferError("a tensor with its negative bit set; call resolve_neg() on it first")
+    if tensor.is_cuda and not _attached[1]:
+        # Without the exchange table nobody can ask torch for its stream later: what is under way is waited for here.
+        torch.cuda.current_stream(tensor.device).synchronize()
     return tensor.__dlpack__()
 
 

@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import functools
 import numbers
-import os
 import struct
 
 import torch
@@ -42,9 +41,9 @@ _plan = functools.cache(_Plan)
 
 @functools.cache
 def _has_exchange():
-    """Hands torch's exchange table to the library, once. EPMOE_EXCHANGE=0 does without, as an older torch must."""
-    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if capsule is None or os.environ.get("EPMOE_EXCHANGE") == "0":
+    """Hands torch's exchange table to the library, once; False where there is none."""
+    capsule = _dlpack.exchange_capsule()
+    if capsule is None:
         return False
     get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
     get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]

@@ -1,6 +1,7 @@
-"""Describes a torch tensor as a DLTensor from its attributes, where torch has no exchange table to do it."""
+"""torch's exchange table, and a description of tensors by their attributes for a torch that has none."""
 
 import ctypes
+import os
 
 import torch
 
@@ -32,6 +33,13 @@ _DTYPES = {
 }
 _CODES = {getattr(torch, name): code for name, code in _DTYPES.items() if hasattr(torch, name)}
 _DEVICES = {"cpu": 1, "cuda": 2}
+
+
+def exchange_capsule():
+    """torch's C exchange table as a capsule; None for a torch without one, or when EPMOE_EXCHANGE=0 does without."""
+    if os.environ.get("EPMOE_EXCHANGE") == "0":
+        return None
+    return getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 
 
 def oddity(tensor):
