@@ -17,13 +17,16 @@ export async function installNodeModules() {
   return { remark: 'installed' }
 }
 
-/** The packages of the lock file that node_modules lacks, or has in another version. Optional ones may be absent. */
+/**
+ * The packages of the lock file that node_modules lacks, or has in another version. Optional ones may be absent, but for
+ * pymport: users of the kernels alone can do without it, a checkout cannot.
+ */
 function missingPackages() {
   /** @type {{ packages: Record<string, { version?: string, optional?: boolean, dev?: boolean }> }} */
   const lock = JSON.parse(readFileSync(inRoot('package-lock.json'), 'utf8'))
   return Object.entries(lock.packages).flatMap(([path, { version, optional, dev = false }]) => {
     const manifest = inRoot(`${path}/package.json`)
-    if (path === '' || optional) return []
+    if (path === '' || (optional && path !== 'node_modules/pymport')) return []
     const found = existsSync(manifest) ? JSON.parse(readFileSync(manifest, 'utf8')).version : undefined
     return found === version ? [] : [{ path, dev }]
   })
