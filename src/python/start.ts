@@ -92,8 +92,8 @@ function load(python: string): Pymport {
   } catch (cause) {
     throw failure(
       'pymport with its native part',
-      cause instanceof Error ? cause.message : String(cause),
-      'Build it with `npm rebuild pymport` (needs Python headers, pkg-config and a C++ compiler)',
+      (cause instanceof Error ? cause.message : String(cause)).split('\n')[0] ?? '',
+      'It needs Python headers, pkg-config and a C++ compiler to build; with these, `npm install` or `npm rebuild pymport`',
       cause,
     )
   } finally {
