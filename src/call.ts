@@ -23,7 +23,7 @@ let streamSlot = 0
 export class Op {
   readonly name: string
   readonly #index: number
-  readonly #info: OpInfo
+  readonly info: OpInfo
   #given = 0
   #temporary: Tensor[] | undefined
 
@@ -41,10 +41,24 @@ export class Op {
         hint: 'Build it again with `npm run setup`',
       })
     }
-    this.#info = info
+    this.info = info
     streamSlot = native().maxValues
     words ??= new Float64Array(native().frame, 0, streamSlot + 1)
     kinds ??= new Int32Array(native().frame, 8 * (streamSlot + 1), streamSlot + 2)
+  }
+
+  /** A call by the descriptor, for callers that know the op by name only; the generated functions spell this out. */
+  call(args: Record<string, unknown>, stream?: Stream): void {
+    this.begin(args)
+    this.info.params.forEach(({ name, kind, choices = [] }, slot) => {
+      const argument = camelCase(name)
+      const value = args[argument]
+      if (kind === 'tensor') this.tensor(slot, argument, value as TensorLike | undefined)
+      else if (kind === 'int') this.integer(slot, argument, value as number | undefined)
+      else if (kind === 'float') this.real(slot, argument, value as number | undefined)
+      else this.choice(slot, argument, value as string | undefined, choices)
+    })
+    this.run(args, stream)
   }
 
   begin(args: object): void {
@@ -148,7 +162,7 @@ export class Op {
   }
 
   #unexpected(args: object): void {
-    const known = this.#info.params.map((param) => camelCase(param.name))
+    const known = this.info.params.map((param) => camelCase(param.name))
     for (const key of Object.keys(args)) {
       if (known.includes(key) || key === 'stream') continue
       throw new EpmoeError({

@@ -63,6 +63,11 @@ export function camelCase(name: string): string {
   return name.replace(/_([a-z0-9])/g, (_, letter: string) => letter.toUpperCase())
 }
 
+/** The same for names inside a sentence; float8_e4m3fn and functions such as resolve_neg() stay. */
+export function camelCaseWords(text: string): string {
+  return text.replace(/\b(?!float8_)[a-z][a-z0-9]*(?:_[a-z0-9]+)+\b(?!\()/g, camelCase)
+}
+
 /** Builds the error for a failure that the native side describes in its own spelling. */
 export function nativeError(
   code: string,
@@ -72,16 +77,14 @@ export function nativeError(
   received: string,
   hint: string,
 ): EpmoeError {
-  // Parameter names inside sentences follow the caller's spelling too; float8_e4m3fn and functions such as resolve_neg() stay.
-  const spell = (text: string) =>
-    text.replace(/\b(?!float8_)[a-z][a-z0-9]*(?:_[a-z0-9]+)+\b(?!\()/g, (name) => camelCase(name))
+  // Parameter names inside sentences follow the caller's spelling too.
   return new EpmoeError({
     code,
     op: camelCase(op),
     argument: camelCase(argument),
-    expected: spell(expected),
-    received: spell(received),
-    hint: spell(hint),
+    expected: camelCaseWords(expected),
+    received: camelCaseWords(received),
+    hint: camelCaseWords(hint),
   })
 }
 

@@ -47,14 +47,8 @@ test('a file dropped into a folder of ops is an op everywhere, and no list was e
       tsx(`import { Tensor } from 'epmoe'
         import { Op } from ${JSON.stringify(join(root, 'src/call.ts'))}
         const op = new Op('scale_rows')
-        const call = (input, factor, output) => {
-          const args = { input, rowFactor: factor, output, times: 3 }
-          op.begin(args)
-          op.tensor(0, 'input', input)
-          op.tensor(1, 'rowFactor', factor)
-          op.tensor(2, 'output', output)
-          op.integer(3, 'times', 3)
-          op.run(args, undefined)
+        const call = (input, rowFactor, output) => {
+          op.call({ input, rowFactor, output, times: 3 })
           return [...output.data]
         }
         const rows = Tensor.from(new Float32Array([1, 2, 3, 4]), [2, 2])

@@ -1,7 +1,10 @@
 // Failures inside the library: thrown by checks, caught at the contract, kept per thread for epmoe_last_error().
 #pragma once
 
+#include <exception>
+#include <new>
 #include <string>
+#include <utility>
 
 #include "epmoe.h"
 
@@ -23,16 +26,6 @@ struct Failure {
 epmoe_status remember(Failure failure);
 
 // Runs `body` and turns whatever it throws into a status. Every function of the contract that can fail is wrapped so.
-template <typename Body>
-epmoe_status guarded(const Body &body);
-
-}  // namespace epmoe
-
-#include <exception>
-#include <new>
-
-namespace epmoe {
-
 template <typename Body>
 epmoe_status guarded(const Body &body) {
   try {

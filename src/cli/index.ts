@@ -1,18 +1,9 @@
-import { readdirSync } from 'node:fs'
 import { Command, CommanderError } from 'commander'
 import { env } from '../env.js'
 import { EpmoeError, PythonError } from '../errors.js'
+import { defaultsIn } from '../modules.js'
 import { packageVersion } from '../package-root.js'
 import { exitCodes, type Verb } from './verb.js'
-
-/** Every verb is a module in verbs/, found by listing the folder. */
-async function verbs(): Promise<Verb[]> {
-  const folder = new URL('./verbs/', import.meta.url)
-  const files = readdirSync(folder).filter((file) => /\.(ts|js)$/.test(file) && !file.endsWith('.d.ts'))
-  return Promise.all(
-    files.sort().map(async (file) => ((await import(new URL(file, folder).href)) as { default: Verb }).default),
-  )
-}
 
 /** Errors that say something about the machine rather than about the kernels. */
 const environmental = new Set(['ERR_NATIVE', 'ERR_PYTHON_START', 'ERR_NO_CUDA', 'ERR_OUT_OF_MEMORY'])
@@ -47,7 +38,8 @@ const program = new Command('epmoe')
   .addHelpText('after', '\nExit codes: 0 passed, 1 a mismatch, 2 wrong usage, 3 something is missing on this machine')
   .exitOverride()
 
-for (const verb of await verbs()) {
+// Every verb is a module in verbs/.
+for (const verb of await defaultsIn<Verb>(new URL('./verbs/', import.meta.url))) {
   const command = program
     .command(verb.name)
     .description(verb.summary)

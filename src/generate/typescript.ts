@@ -1,4 +1,4 @@
-import { camelCase } from '../errors.js'
+import { camelCase, camelCaseWords } from '../errors.js'
 import type { OpInfo, OpParam } from '../native.js'
 import { sentence, wrap } from './text.js'
 
@@ -76,7 +76,7 @@ function put(param: OpParam, slot: number): string {
 }
 
 function comment(text: string, indent: string): string[] {
-  const lines = wrap(text.replace(/\b(?!float8_)[a-z][a-z0-9]*(?:_[a-z0-9]+)+\b/g, camelCase), 114 - indent.length)
+  const lines = wrap(camelCaseWords(text), 114 - indent.length)
   if (lines.length === 1) return [`${indent}/** ${lines[0]} */`]
   return [`${indent}/**`, ...lines.map((line) => `${indent} * ${line}`), `${indent} */`]
 }

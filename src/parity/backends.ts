@@ -1,5 +1,4 @@
 import { type Device, devices } from '../device.js'
-import { native, type OpInfo } from '../native.js'
 
 /** One way of running epmoe's kernels: a device and an arithmetic. */
 export interface Backend {
@@ -20,16 +19,4 @@ export function availableBackends(wanted: readonly string[]): Backend[] {
     gpu && { name: 'cuda:triton-numerics', device: gpu, numerics: 'triton' },
   ]
   return all.filter((backend) => backend !== undefined && wanted.includes(backend.name)) as Backend[]
-}
-
-/** Whether an op can run on a backend in this build. */
-export function supports(backend: Backend, op: string): boolean {
-  const info = opInfo(op)
-  return backend.device === 'cpu' || info.cuda
-}
-
-export function opInfo(name: string): OpInfo {
-  return native()
-    .ops()
-    .find((op) => op.name === name)!
 }

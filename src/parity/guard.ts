@@ -1,5 +1,5 @@
 import type { DeviceLike } from '../device.js'
-import type { DType } from '../dtype.js'
+import { type DType, dtypeFacts } from '../dtype.js'
 import { Tensor } from '../tensor.js'
 
 const zone = 256 // bytes on either side, a multiple of every alignment a kernel may want
@@ -24,7 +24,7 @@ export class Guarded implements Disposable {
   /** On the CPU. `shift` moves the tensor by that many elements, away from any alignment but its own. */
   static create(shape: readonly number[], dtype: DType, shift = 0): Guarded {
     const count = shape.reduce((product, size) => product * size, 1)
-    const itemsize = itemsizes[dtype]
+    const itemsize = itemsizeOf(dtype)
     const begin = zone / itemsize + shift
     const whole = Tensor.empty([count + (2 * zone) / itemsize + shift], { dtype })
     for (let from = 0; from < whole.nbytes; from += chunk) bytesOf(whole, from, from + chunk).fill(pattern)
@@ -39,7 +39,7 @@ export class Guarded implements Disposable {
   /** The tensor as it is now, on the CPU, and whether the zones around it are untouched. */
   read(): { host: Guarded; intact: boolean } {
     const host = new Guarded(this.#whole.toHostSync(), this.#begin, this.tensor.shape)
-    const first = this.#begin * itemsizes[this.tensor.dtype]
+    const first = this.#begin * itemsizeOf(this.tensor.dtype)
     const untouched = (begin: number, end: number) => bytesOf(host.#whole, begin, end).every((byte) => byte === pattern)
     return { host, intact: untouched(0, first) && untouched(first + this.tensor.nbytes, host.#whole.nbytes) }
   }
@@ -52,19 +52,12 @@ export class Guarded implements Disposable {
 
 /** Bytes begin to end of a tensor; both are multiples of its element size. */
 function bytesOf(tensor: Tensor, begin: number, end: number): Uint8Array {
-  const itemsize = itemsizes[tensor.dtype]
+  const itemsize = itemsizeOf(tensor.dtype)
   const part = tensor.view([(Math.min(end, tensor.nbytes) - begin) / itemsize], begin / itemsize)
   const { buffer, byteOffset, byteLength } = part.data
   return new Uint8Array(buffer, byteOffset, byteLength)
 }
 
-const itemsizes: Record<DType, number> = {
-  float32: 4,
-  float16: 2,
-  bfloat16: 2,
-  float8_e4m3fn: 1,
-  int32: 4,
-  int64: 8,
-  uint8: 1,
-  float64: 8,
+function itemsizeOf(dtype: DType): number {
+  return dtypeFacts(dtype, 'Guarded').itemsize
 }

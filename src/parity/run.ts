@@ -1,11 +1,11 @@
-import { readdirSync } from 'node:fs'
 import { Op } from '../call.js'
 import { type Device, devices } from '../device.js'
 import { camelCase, EpmoeError } from '../errors.js'
+import { defaultsIn } from '../modules.js'
 import { type Metrics, native } from '../native.js'
 import type { Python } from '../python/python.js'
 import type { Tensor } from '../tensor.js'
-import { type Backend, opInfo } from './backends.js'
+import type { Backend } from './backends.js'
 import type { Case, OpCases, Oracle, Problem } from './case.js'
 import { environmentOf } from './environment.js'
 import type { Guarded } from './guard.js'
@@ -14,12 +14,8 @@ import type { CaseResult, ControlResult, Report, Skip } from './result.js'
 import { passes, type Requirement, reached, requirementFor } from './verdict.js'
 
 /** Every op that has cases: one file an op in cases/, found by listing the folder. */
-export async function loadCases(): Promise<OpCases[]> {
-  const folder = new URL('./cases/', import.meta.url)
-  const files = readdirSync(folder).filter((file) => /\.(ts|js)$/.test(file) && !file.endsWith('.d.ts'))
-  return Promise.all(
-    files.sort().map(async (file) => ((await import(new URL(file, folder).href)) as { default: OpCases }).default),
-  )
+export function loadCases(): Promise<OpCases[]> {
+  return defaultsIn(new URL('./cases/', import.meta.url))
 }
 
 export interface RunOptions {
@@ -31,7 +27,6 @@ export interface RunOptions {
   interpreterBudget: number
   /** Run as well when none of the cases has room for controls. */
   controlCases?: Case[]
-  onResult?: (result: CaseResult, done: number, total: number) => void
   onCase?: (name: string, index: number, total: number) => void
 }
 
@@ -57,6 +52,7 @@ class ParityRun {
   readonly #python: PythonReferences
   readonly #gpu: Device | undefined
   readonly #facts = new Map<string, ReferenceFacts[]>()
+  readonly #ops = new Map<string, Op>()
   readonly #controlled = new Set<string>()
   readonly #cases: CaseResult[] = []
   readonly #controls: ControlResult[] = []
@@ -142,10 +138,16 @@ class ParityRun {
     if (facts.compiled === false && each.interpreterSteps > this.#options.interpreterBudget) {
       return `too large for interpreted Triton (${each.interpreterSteps} steps; --interpreter-budget raises the limit)`
     }
-    const outputs = mapValues(problem.outputs(), (output) => (device === 'cpu' ? output : output.to(device)))
+    const outputs = outputsOn(problem, device)
     const objection = this.#python.run(each.op, facts.name, { ...inputsOn(device), ...outputs }, problem.scalars)
     if (objection !== null) return objection
     return this.#read(outputs)
+  }
+
+  #op(name: string): Op {
+    const op = this.#ops.get(name) ?? new Op(name)
+    this.#ops.set(name, op)
+    return op
   }
 
   #factsOf(op: string): ReferenceFacts[] {
@@ -164,7 +166,7 @@ class ParityRun {
     references: { facts: ReferenceFacts; output: Output | undefined; reason: string | undefined }[],
   ): void {
     const key = { name: each.name, op: each.op, backend: backend.name }
-    if (backend.device !== 'cpu' && !opInfo(each.op).cuda) {
+    if (backend.device !== 'cpu' && !this.#op(each.op).info.cuda) {
       this.#skips.push({
         name: each.name,
         backend: backend.name,
@@ -193,7 +195,6 @@ class ParityRun {
             }
           : this.#judge(key, facts, requirement, outcome, output, oracle)
       this.#cases.push(result)
-      this.#options.onResult?.(result, this.#cases.length, 0)
       if (!(outcome instanceof Error)) {
         this.#control(each, problem, oracle, backend, facts, requirement, output, inputsOn)
       }
@@ -224,12 +225,8 @@ class ParityRun {
 
   /** Runs the op on a backend and reads its output back. */
   #call(op: string, problem: Problem, inputs: Record<string, Guarded>, backend: Backend): Output {
-    const outputs = mapValues(problem.outputs(), (output) => {
-      if (backend.device === 'cpu') return output
-      using host = output
-      return host.to(backend.device)
-    })
-    callOp(op, { ...inputs, ...outputs }, problem.scalars, backend.numerics)
+    const outputs = outputsOn(problem, backend.device)
+    callOp(this.#op(op), { ...inputs, ...outputs }, problem.scalars, backend.numerics)
     return this.#read(outputs)
   }
 
@@ -301,23 +298,19 @@ function spoiledOutputs(
   return [{ name: 'zeros', output: zeros }, ...spoiled]
 }
 
-function callOp(op: string, tensors: Record<string, Guarded>, scalars: Record<string, number>, numerics: string): void {
-  const info = opInfo(op)
-  const call = new Op(op)
-  const args: Record<string, unknown> = {}
-  for (const [name, { tensor }] of Object.entries(tensors)) args[camelCase(name)] = tensor
-  for (const [name, value] of Object.entries(scalars)) args[camelCase(name)] = value
-  if (info.params.some((param) => param.name === 'numerics')) args['numerics'] = numerics
-  call.begin(args)
-  info.params.forEach((param, slot) => {
-    const name = camelCase(param.name)
-    const value = args[name]
-    if (param.kind === 'tensor') call.tensor(slot, name, value as Tensor | undefined)
-    else if (param.kind === 'int') call.integer(slot, name, value as number | undefined)
-    else if (param.kind === 'float') call.real(slot, name, value as number | undefined)
-    else call.choice(slot, name, value as string | undefined, param.choices ?? [])
+function callOp(op: Op, tensors: Record<string, Guarded>, scalars: Record<string, number>, numerics: string): void {
+  const named = { ...mapValues(tensors, ({ tensor }) => tensor as unknown), ...scalars }
+  const args = Object.fromEntries(Object.entries(named).map(([name, value]) => [camelCase(name), value]))
+  op.call(op.info.params.some(({ name }) => name === 'numerics') ? { ...args, numerics } : args)
+}
+
+/** Fresh outputs on a device. */
+function outputsOn(problem: Problem, device: Device): Record<string, Guarded> {
+  return mapValues(problem.outputs(), (output) => {
+    if (device === 'cpu') return output
+    using host = output
+    return host.to(device)
   })
-  call.run(args, undefined)
 }
 
 function compare(actual: Tensor, reference: Tensor, oracle: Oracle): Metrics {
