@@ -225,7 +225,7 @@ class Checker {
         }
       }
       lengths_[i][p] = length;
-      if ((*pattern)[p].names[1] >= 0) continue;
+      if (!(*pattern)[p].is_plain()) continue;
       Binding &binding = bindings_[(*pattern)[p].names[0]];
       if (binding.length == kUnbound)
         binding = {length, i};
@@ -234,16 +234,28 @@ class Checker {
     }
   }
 
+  // An axis that nothing else names is solved for, e.g. K from [T*K].
   void check_products(int i) {
     const ShapePattern &pattern = *patterns_[i];
     for (size_t p = 0; p < pattern.size(); ++p) {
-      if (pattern[p].names[1] < 0) continue;
-      const int64_t a = bindings_[pattern[p].names[0]].length;
-      const int64_t b = bindings_[pattern[p].names[1]].length;
-      int64_t product = 0;
-      if (a == kUnbound || b == kUnbound || __builtin_mul_overflow(a, b, &product) || product != lengths_[i][p]) {
+      const AxisPattern &axis = pattern[p];
+      if (axis.is_plain()) continue;
+      const int64_t length = lengths_[i][p] - axis.addend;
+      int64_t product = axis.factor;
+      Binding *unknown = nullptr;
+      for (const int16_t name : axis.names) {
+        if (name < 0) continue;
+        Binding &binding = bindings_[name];
+        if (binding.length == kUnbound && unknown == nullptr)
+          unknown = &binding;
+        else if (binding.length == kUnbound || __builtin_mul_overflow(product, binding.length, &product))
+          wrong_shape(i, EPMOE_ERR_SHAPE);
+      }
+      if (unknown != nullptr) *unknown = {length < 0 || product == 0 ? 0 : length / product, i};
+      if (unknown != nullptr && __builtin_mul_overflow(product, unknown->length, &product)) {
         wrong_shape(i, EPMOE_ERR_SHAPE);
       }
+      if (product != length) wrong_shape(i, EPMOE_ERR_SHAPE);
     }
   }
 

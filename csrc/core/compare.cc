@@ -22,6 +22,16 @@ struct Float64 {
   static double widen(double x) { return x; }
 };
 
+// Whole numbers, as far as a double holds them.
+template <typename T, int32_t kType>
+struct Whole {
+  using Storage = T;
+  static constexpr int32_t kDtype = kType;
+  static double widen(T x) { return static_cast<double>(x); }
+};
+template <int32_t kDtype>
+constexpr bool kIsWhole = kDtype == EPMOE_INT32 || kDtype == EPMOE_INT64 || kDtype == EPMOE_UINT8;
+
 int64_t count_of(const DLTensor &tensor) {
   int64_t count = 1;
   for (int32_t i = 0; i < tensor.ndim; ++i) count *= tensor.shape[i];
@@ -54,8 +64,16 @@ void with_element(const DLTensor &tensor, const char *argument, const Body &body
       return body(Float16());
     case EPMOE_BFLOAT16:
       return body(BFloat16());
+    case EPMOE_FLOAT8_E4M3FN:
+      return body(Float8());
+    case EPMOE_INT32:
+      return body(Whole<int32_t, EPMOE_INT32>());
+    case EPMOE_INT64:
+      return body(Whole<int64_t, EPMOE_INT64>());
+    case EPMOE_UINT8:
+      return body(Whole<uint8_t, EPMOE_UINT8>());
     default:
-      fail(EPMOE_ERR_DTYPE, argument, dtype_names(bit(EPMOE_FLOAT32) | bit(EPMOE_FLOAT16) | bit(EPMOE_BFLOAT16)),
+      fail(EPMOE_ERR_DTYPE, argument, dtype_names(((1u << EPMOE_DTYPE_COUNT) - 1) & ~bit(EPMOE_FLOAT64)),
            dtype_name(tensor.dtype));
   }
 }
@@ -77,13 +95,17 @@ float bell(uint64_t seed, int64_t i) {
 template <typename Element>
 constexpr int kDigits = Element::kDtype == EPMOE_FLOAT32   ? 24
                         : Element::kDtype == EPMOE_FLOAT16 ? 11
-                                                           : 8;
+                        : Element::kDtype == EPMOE_BFLOAT16 ? 8
+                                                            : 4;
 template <typename Element>
-constexpr int kMinExponent = Element::kDtype == EPMOE_FLOAT16 ? -13 : -125;
+constexpr int kMinExponent = Element::kDtype == EPMOE_FLOAT16         ? -13
+                             : Element::kDtype == EPMOE_FLOAT8_E4M3FN ? -5
+                                                                      : -125;
 
 // One unit in the last place of Element at the magnitude of x.
 template <typename Element>
 double ulp(double x) {
+  if constexpr (kIsWhole<Element::kDtype>) return 1.0;
   int exponent = 0;
   std::frexp(x, &exponent);
   return std::ldexp(1.0, std::max(exponent, kMinExponent<Element>) - kDigits<Element>);
@@ -92,8 +114,8 @@ double ulp(double x) {
 // A double rounded once to Element.
 template <typename Element>
 typename Element::Storage round_to(double x) {
-  if constexpr (Element::kDtype == EPMOE_FLOAT32)
-    return static_cast<float>(x);
+  if constexpr (kIsWhole<Element::kDtype> || Element::kDtype == EPMOE_FLOAT32)
+    return static_cast<typename Element::Storage>(x);
   else
     return Element::narrow(narrow_to_odd(x));
 }
@@ -184,7 +206,13 @@ extern "C" epmoe_status epmoe_fill_normal(const DLTensor *tensor, uint64_t seed,
       auto *data = static_cast<typename Element::Storage *>(untyped);
       const uint64_t mixed = mix(seed);
       parallel_for(count_of(*tensor), kPart, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) data[i] = Element::narrow(bell(mixed, i) * static_cast<float>(scale));
+        for (int64_t i = begin; i < end; ++i) {
+          const float value = bell(mixed, i) * static_cast<float>(scale);
+          if constexpr (kIsWhole<Element::kDtype>)
+            data[i] = static_cast<typename Element::Storage>(value);
+          else
+            data[i] = Element::narrow(value);
+        }
       });
     });
   });

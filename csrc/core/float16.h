@@ -65,6 +65,31 @@ struct Float16 {
   }
 };
 
+// e4m3fn: no infinities, one NaN a sign, largest 448. Narrowing saturates, as the GPU's conversion does.
+struct Float8 {
+  using Storage = uint8_t;
+  static constexpr int32_t kDtype = EPMOE_FLOAT8_E4M3FN;
+  static EPMOE_INLINE float widen(uint8_t x) {
+    const uint32_t sign = static_cast<uint32_t>(x & 0x80u) << 24;
+    const uint32_t magnitude = x & 0x7fu;
+    const auto subnormal = bit_cast<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-9f);
+    const uint32_t normal = (magnitude << 20) + (120u << 23);
+    const uint32_t finite = magnitude < 8u ? subnormal : normal;
+    return bit_cast<float>(sign | (magnitude == 0x7fu ? 0x7fc00000u : finite));
+  }
+  static EPMOE_INLINE uint8_t narrow(float x) {
+    const auto bits = bit_cast<uint32_t>(x);
+    const uint32_t sign = (bits >> 24) & 0x80u;
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    const uint32_t normal = (magnitude - (120u << 23) + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20;
+    // Adding 2^14 aligns a subnormal's last place, 2^-9, with the float's, and the addition rounds to nearest even.
+    const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0x1p14f) - bit_cast<uint32_t>(0x1p14f);
+    const uint32_t finite = magnitude < (121u << 23) ? subnormal : normal;
+    const uint32_t saturated = magnitude > 0x43e00000u ? 0x7eu : finite;
+    return static_cast<uint8_t>(sign | (magnitude > 0x7f800000u ? 0x7fu : saturated));
+  }
+};
+
 // The double nearest to a*b + c with its last bit set when inexact ("round to odd"): rounding it once more to a format
 // with at least two bits fewer gives the correctly rounded result, as a hardware fma of that format does. a*b must be
 // exact in double, which holds for the products of float16 and bfloat16.

@@ -1,6 +1,7 @@
 #include "core/op.h"
 
 #include <algorithm>
+#include <cctype>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -46,9 +47,17 @@ std::vector<ShapePattern> parse_shape(const OpEntry &entry, const char *text) {
         parsed.folds_leading = true;
         axis = axis.substr(3);
       }
-      const std::vector<std::string> factors = split(axis, '*');
-      if (factors.size() > 2) throw std::logic_error("shape pattern with more than two factors");
-      for (size_t i = 0; i < factors.size(); ++i) parsed.names[i] = axis_index(entry, factors[i]);
+      const std::vector<std::string> terms = split(axis, '+');
+      if (terms.size() == 2) parsed.addend = static_cast<int16_t>(std::stoi(terms[1]));
+      int named = 0;
+      for (const std::string &factor : split(terms[0], '*')) {
+        if (std::isdigit(static_cast<unsigned char>(factor[0])))
+          parsed.factor = static_cast<int16_t>(std::stoi(factor));
+        else if (named < 2)
+          parsed.names[named++] = axis_index(entry, factor);
+        else
+          throw std::logic_error("shape pattern with more than two names");
+      }
       pattern.push_back(parsed);
     }
     alternatives.push_back(std::move(pattern));

@@ -25,6 +25,7 @@ epmoe_param choice(const char *name, const char *const *choices, int32_t n_choic
 epmoe_param optional(epmoe_param param);
 
 constexpr uint32_t kActivations = (1u << EPMOE_FLOAT32) | (1u << EPMOE_FLOAT16) | (1u << EPMOE_BFLOAT16);
+constexpr uint32_t kFloat8 = 1u << EPMOE_FLOAT8_E4M3FN;
 constexpr uint32_t kIndices = (1u << EPMOE_INT32) | (1u << EPMOE_INT64);
 constexpr double kMaxInteger = 9007199254740992.0;  // 2^53: what a JavaScript number holds exactly
 
@@ -42,6 +43,8 @@ struct Call {
   int64_t axes[kMaxAxes];  // lengths, in the order of Op::axes
   DLDevice device{kDLCPU, 0};
   void *stream = nullptr;
+
+  bool has_dtype(int param, int32_t dtype) const { return present[param] && dtypes[param] == dtype; }
 
   // First element, or nullptr for an absent argument.
   template <typename T>
@@ -68,11 +71,21 @@ struct RegisterOp {
 struct RegisterCuda {
   RegisterCuda(const char *name, CudaLaunch launch);
 };
+// For an op whose kernel several ops share: registered from its .cc, where there is CUDA to register.
+#ifdef EPMOE_WITH_CUDA
+#define EPMOE_REGISTER_CUDA(name, launch) const ::epmoe::RegisterCuda kRegisteredCuda(name, launch)
+#else
+#define EPMOE_REGISTER_CUDA(name, launch) static_assert(true)
+#endif
 
-// One axis of a shape pattern: the product of up to two named axes.
+// One axis of a shape pattern: the product of up to two named axes and a number, plus a number.
 struct AxisPattern {
   int16_t names[2] = {-1, -1};  // indices into OpEntry::axis_names
+  int16_t factor = 1;
+  int16_t addend = 0;
   bool folds_leading = false;
+
+  bool is_plain() const { return names[1] < 0 && factor == 1 && addend == 0; }
 };
 using ShapePattern = std::vector<AxisPattern>;
 

@@ -111,9 +111,9 @@ typedef struct epmoe_param {
   int32_t kind;
   int32_t role;     /* tensors only */
   int32_t optional; /* 1: may be absent; scalars then take default_value */
-  /* Tensors. `shape` names the axes, outermost first: "T,H". "T*K" is one axis of that length, "...R,H" folds any
-   * number of leading axes into R, and "|" separates alternatives. Axes of one name have one length throughout a call.
-   */
+  /* Tensors. `shape` names the axes, outermost first: "T,H". "T*K" is one axis of that length, as "2*I" and "E+1" are;
+   * "...R,H" folds any number of leading axes into R, and "|" separates alternatives. Axes of one name have one length
+   * throughout a call. */
   const char *shape;
   uint32_t dtypes;    /* bit (1 << dtype) for every dtype allowed outright */
   int32_t dtype_like; /* index of the parameter whose dtype is allowed as well, or -1 */
@@ -227,13 +227,13 @@ typedef struct epmoe_metrics {
   double reference_rel_l2; /* the same of the reference, rounded */
 } epmoe_metrics;
 
-/* Compares CPU tensors of one element count: `actual` float32, float16 or bfloat16; `reference` of the same dtype or
+/* Compares CPU tensors of one element count: `actual` of any dtype but float64; `reference` of the same dtype or
  * float64; `oracle` (the truth) and `scale` float64. `scale` is the magnitude at which an ulp is taken, e.g. the sum of
  * the terms' absolute values, which cancellation does not shrink. */
 EPMOE_API epmoe_status epmoe_compare(const DLTensor *actual, const DLTensor *reference, const DLTensor *oracle,
                                      const DLTensor *scale, epmoe_metrics *out);
 
-/* Fills a CPU tensor of float32, float16 or bfloat16 with bell-shaped values of mean 0 and deviation `scale`. Element i
+/* Fills a CPU tensor of any dtype but float64 with bell-shaped values of mean 0 and deviation `scale`. Element i
  * depends on the seed and on i alone, so the data is the same on every machine. */
 EPMOE_API epmoe_status epmoe_fill_normal(const DLTensor *tensor, uint64_t seed, double scale);
 

@@ -1,12 +1,12 @@
-// post_reorder on CUDA. One thread sums one 16-byte column group of one token over all its slots; a warp's lanes
+// The weighted sum of rows on CUDA. One thread sums one 16-byte column group of one token over all its slots; a warp's lanes
 // resolve the slots together (one slot each) and hand rows and weights around by shuffles, so that all row loads of a
 // token are in flight before the first fma.
 #include <algorithm>
 
 #include "ops/common.cuh"
-#include "ops/post_reorder.h"
+#include "ops/gather_sum.h"
 
-namespace epmoe::post_reorder {
+namespace epmoe::gather_sum {
 namespace {
 
 using gpu::CachePolicy;
@@ -14,25 +14,28 @@ using gpu::Element;
 using gpu::Vector;
 
 struct Arguments {
-  const void *down_output;
+  const void *rows;
   void *output;
   const void *src2dst;
-  const void *topk_ids;  // nullptr: a slot is local when src2dst is not negative
-  const void *topk_weights;
+  const void *topk_ids;
+  const void *weights;
+  const void *shared_output;
+  const void *residual;
   cuda::StatusWord *status;
   int64_t tokens;
   uint32_t hidden, topk;
   int64_t start_expert_id, end_expert_id, dst_start;
-  uint32_t rows;
+  uint32_t row_count;
   float factor;
-  int32_t op_index;
+  int32_t op_index, src2dst_param;
   bool src2dst_int64, topk_ids_int64, weights_float32;
 };
 
 template <typename T>
 __device__ float load_weight(const Arguments &a, int64_t flat) {
-  if (a.weights_float32) return __ldg(static_cast<const float *>(a.topk_weights) + flat);
-  return Element<T>::widen(static_cast<const T *>(a.topk_weights)[flat]);
+  if (a.weights == nullptr) return 1.0f;
+  if (a.weights_float32) return __ldg(static_cast<const float *>(a.weights) + flat);
+  return Element<T>::widen(static_cast<const T *>(a.weights)[flat]);
 }
 
 struct Slot {
@@ -43,7 +46,7 @@ struct Slot {
 template <typename T>
 __device__ Slot resolve_slot(const Arguments &a, int64_t token, uint32_t k) {
   const int64_t flat = token * a.topk + k;
-  const int64_t destination = gpu::load_index(a.src2dst, a.src2dst_int64, flat);
+  const int64_t destination = a.src2dst != nullptr ? gpu::load_index(a.src2dst, a.src2dst_int64, flat) : flat;
   const float weight = load_weight<T>(a, flat);
   bool local = destination >= 0;
   if (a.topk_ids != nullptr) {
@@ -52,8 +55,8 @@ __device__ Slot resolve_slot(const Arguments &a, int64_t token, uint32_t k) {
   }
   if (!local) return {kNoRow, 0.0f};
   const uint64_t row = static_cast<uint64_t>(destination) - static_cast<uint64_t>(a.dst_start);
-  if (row >= a.rows) {
-    gpu::report_index(a.status, a.op_index, kSrc2dst, token, k, destination, a.dst_start, a.dst_start + a.rows);
+  if (row >= a.row_count) {
+    gpu::report_index(a.status, a.op_index, a.src2dst_param, token, k, destination, a.dst_start, a.dst_start + a.row_count);
     return {kNoRow, 0.0f};
   }
   return {static_cast<uint32_t>(row), weight};
@@ -69,9 +72,12 @@ struct Accumulator {
 #pragma unroll
     for (int i = 0; i < N; ++i) lane[i] = __fmaf_rn(x[i], weight, lane[i]);
   }
-  __device__ Vector<T, N> result(float factor) {
+  // The addends are absent where null.
+  __device__ Vector<T, N> result(float factor, const T *shared, const T *residual) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) lane[i] *= factor;
+    for (int i = 0; i < N; ++i) lane[i] = __fmul_rn(lane[i], factor);
+    if (shared != nullptr) add(gpu::load<CachePolicy::kCached, T, N>(shared), 1.0f, 1.0f);
+    if (residual != nullptr) add(gpu::load<CachePolicy::kCached, T, N>(residual), 1.0f, 1.0f);
     Vector<T, N> out;
     out.narrow(lane);
     return out;
@@ -86,7 +92,12 @@ struct Accumulator<T, N, kTriton> {
     if (factor != 1.0f) rounded = Element<T>::mul(rounded, Element<T>::narrow(factor));
     sum.add_rounded(row, rounded);
   }
-  __device__ Vector<T, N> result(float) const { return sum; }
+  __device__ Vector<T, N> result(float, const T *shared, const T *residual) {
+    const T one = Element<T>::narrow(1.0f);
+    if (shared != nullptr) sum.add_rounded(gpu::load<CachePolicy::kCached, T, N>(shared), one);
+    if (residual != nullptr) sum.add_rounded(gpu::load<CachePolicy::kCached, T, N>(residual), one);
+    return sum;
+  }
 };
 
 constexpr int kMaxThreads = 128;
@@ -121,7 +132,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) kernel(const Argument
   const unsigned lane = threadIdx.x % 32;
   const uint32_t column = (blockIdx.x * blockDim.x + threadIdx.x) * N;
   const bool inside = column < a.hidden;
-  const T *rows = static_cast<const T *>(a.down_output) + column;
+  const T *rows = static_cast<const T *>(a.rows) + column;
   for (int64_t token = blockIdx.y; token < a.tokens; token += gridDim.y) {
     Accumulator<T, N, kNumerics> sum;
 #pragma unroll 1
@@ -136,7 +147,10 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) kernel(const Argument
         add_slots<false, kSlots, kPolicy>(sum, rows, mine, locals, inside, a);
     }
     if (inside) {
-      gpu::store<kPolicy, T, N>(static_cast<T *>(a.output) + token * a.hidden + column, sum.result(a.factor));
+      const int64_t at = token * a.hidden + column;
+      const T *shared = a.shared_output == nullptr ? nullptr : static_cast<const T *>(a.shared_output) + at;
+      const T *residual = a.residual == nullptr ? nullptr : static_cast<const T *>(a.residual) + at;
+      gpu::store<kPolicy, T, N>(static_cast<T *>(a.output) + at, sum.result(a.factor, shared, residual));
     }
   }
 }
@@ -191,15 +205,18 @@ int threads_for(int64_t groups) {
   return best;
 }
 
-void run_cuda(const Call &call) {
-  const Problem p = problem_of(call);
-  const int32_t device = call.device.device_id;
+}  // namespace
+
+void run_cuda(const Problem &p) {
+  const int32_t device = p.call->device.device_id;
   Arguments a{};
-  a.down_output = call.data<const void>(kDownOutput);
-  a.output = call.data<void>(kOutput);
-  a.src2dst = call.data<const void>(kSrc2dst);
-  a.topk_ids = call.data<const void>(kTopkIds);
-  a.topk_weights = call.data<const void>(kTopkWeights);
+  a.rows = p.rows;
+  a.output = p.output;
+  a.src2dst = p.src2dst.data;
+  a.topk_ids = p.topk_ids.data;
+  a.weights = p.weights;
+  a.shared_output = p.shared_output;
+  a.residual = p.residual;
   a.status = cuda::status_word(device);
   a.tokens = p.tokens;
   a.hidden = static_cast<uint32_t>(p.hidden);
@@ -207,25 +224,24 @@ void run_cuda(const Call &call) {
   a.start_expert_id = p.start_expert_id;
   a.end_expert_id = p.end_expert_id;
   a.dst_start = p.dst_start;
-  a.rows = static_cast<uint32_t>(p.rows);
+  a.row_count = static_cast<uint32_t>(p.row_count);
   a.factor = p.factor;
-  a.op_index = call.entry->index;
-  a.src2dst_int64 = call.dtypes[kSrc2dst] == EPMOE_INT64;
-  a.topk_ids_int64 = call.present[kTopkIds] && call.dtypes[kTopkIds] == EPMOE_INT64;
-  a.weights_float32 = call.dtypes[kTopkWeights] == EPMOE_FLOAT32;
+  a.op_index = p.call->entry->index;
+  a.src2dst_param = p.src2dst_param;
+  a.src2dst_int64 = p.src2dst.is_int64;
+  a.topk_ids_int64 = p.topk_ids.is_int64;
+  a.weights_float32 = p.weights_float32;
 
-  const int64_t item = itemsize(call.dtypes[kDownOutput]);
-  const bool vectors = p.hidden * item % 16 == 0 && gpu::aligned16(a.down_output) && gpu::aligned16(a.output);
+  const int64_t item = itemsize(p.dtype);
+  const bool vectors = p.hidden * item % 16 == 0 && gpu::aligned16(a.rows) && gpu::aligned16(a.output) &&
+                       gpu::aligned16(a.shared_output) && gpu::aligned16(a.residual);
   const int64_t groups = vectors ? p.hidden * item / 16 : p.hidden;
   const bool streaming = p.tokens * (p.topk + 1) * p.hidden * item > cuda::facts(device).l2_bytes;
   const int threads = threads_for(groups);
   const dim3 grid(static_cast<unsigned>((groups + threads - 1) / threads),
                   static_cast<unsigned>(std::min<int64_t>(p.tokens, 65535)));
-  choose(call.dtypes[kDownOutput], p.topk, p.numerics, vectors, streaming)
-      .launch(grid, dim3(static_cast<unsigned>(threads)), call.stream, a);
+  choose(p.dtype, p.topk, p.numerics, vectors, streaming)
+      .launch(grid, dim3(static_cast<unsigned>(threads)), p.call->stream, a);
 }
 
-const RegisterCuda kRegistered("post_reorder", run_cuda);
-
-}  // namespace
-}  // namespace epmoe::post_reorder
+}  // namespace epmoe::gather_sum
