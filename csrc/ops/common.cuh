@@ -160,6 +160,22 @@ static __device__ __forceinline__ void report_index(cuda::StatusWord *word, int3
   __threadfence_system();
 }
 
+constexpr int kMaxThreads = 128;  // of kernels that move rows: larger blocks lose a little at the end of a grid
+
+// The block size, a multiple of a warp, that leaves the fewest threads without columns.
+inline int threads_for(int64_t groups) {
+  int best = kMaxThreads;
+  int64_t least = INT64_MAX;
+  for (const int threads : {128, 96, 64}) {
+    const int64_t padded = (groups + threads - 1) / threads * threads;
+    if (padded < least) {
+      least = padded;
+      best = threads;
+    }
+  }
+  return best;
+}
+
 inline bool aligned16(const void *pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // A kernel as launches name it. The runtime looks a function's address up at every launch; the handle that look-up
@@ -168,20 +184,42 @@ class Kernel {
  public:
   explicit Kernel(const void *function) : function_(function) {}
 
-  template <typename Arguments>
-  void launch(dim3 grid, dim3 block, void *stream, const Arguments &arguments) {
+  // Parameters must have the very types of the kernel's.
+  template <typename... Parameters>
+  void launch(dim3 grid, dim3 block, void *stream, size_t shared, const Parameters &...parameters) {
+    void *pointers[] = {const_cast<Parameters *>(&parameters)...};
+    cuda::expect_success(
+        cudaLaunchKernel(handle(), grid, block, pointers, shared, static_cast<cudaStream_t>(stream)),
+        "launching a kernel");
+  }
+
+  // All blocks run at once and may wait for each other; no more than resident_blocks() an SM.
+  template <typename... Parameters>
+  void launch_cooperative(dim3 grid, dim3 block, void *stream, size_t shared, const Parameters &...parameters) {
+    void *pointers[] = {const_cast<Parameters *>(&parameters)...};
+    cuda::expect_success(
+        cudaLaunchCooperativeKernel(handle(), grid, block, pointers, shared, static_cast<cudaStream_t>(stream)),
+        "launching a cooperative kernel");
+  }
+
+  int resident_blocks(unsigned threads, size_t shared) {
+    int blocks = 0;
+    cuda::expect_success(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function_, static_cast<int>(threads), shared),
+        "asking for a kernel's occupancy");
+    return blocks;
+  }
+
+ private:
+  const void *handle() {
     cudaKernel_t kernel = kernel_.load(std::memory_order_relaxed);
     if (kernel == nullptr) {
       cuda::expect_success(cudaGetKernel(&kernel, function_), "finding a kernel");
       kernel_.store(kernel, std::memory_order_relaxed);
     }
-    void *parameters[] = {const_cast<Arguments *>(&arguments)};
-    cuda::expect_success(cudaLaunchKernel(reinterpret_cast<const void *>(kernel), grid, block, parameters, 0,
-                                          static_cast<cudaStream_t>(stream)),
-                         "launching a kernel");
+    return reinterpret_cast<const void *>(kernel);
   }
 
- private:
   const void *function_;
   std::atomic<cudaKernel_t> kernel_{nullptr};
 };

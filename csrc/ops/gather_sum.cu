@@ -100,7 +100,6 @@ struct Accumulator<T, N, kTriton> {
   }
 };
 
-constexpr int kMaxThreads = 128;
 constexpr int kMinBlocks = 8;  // an SM full of warps at 64 registers a thread, which the accumulators just fit
 
 template <int kSlots>
@@ -128,7 +127,7 @@ __device__ __forceinline__ void add_slots(Accumulator<T, N, kNumerics> &sum, con
 
 // Grid: x covers the column groups of a row, y the tokens (and strides when there are more than y may count).
 template <typename T, int N, int kSlots, Numerics kNumerics, CachePolicy kPolicy>
-__global__ void __launch_bounds__(kMaxThreads, kMinBlocks) kernel(const Arguments a) {
+__global__ void __launch_bounds__(gpu::kMaxThreads, kMinBlocks) kernel(const Arguments a) {
   const unsigned lane = threadIdx.x % 32;
   const uint32_t column = (blockIdx.x * blockDim.x + threadIdx.x) * N;
   const bool inside = column < a.hidden;
@@ -191,20 +190,6 @@ Kernel &choose(int32_t dtype, int64_t topk, Numerics numerics, bool vectors, boo
   }
 }
 
-// The block size, a multiple of a warp, that leaves the fewest threads without columns.
-int threads_for(int64_t groups) {
-  int best = kMaxThreads;
-  int64_t least = INT64_MAX;
-  for (const int threads : {128, 96, 64}) {
-    const int64_t padded = (groups + threads - 1) / threads * threads;
-    if (padded < least) {
-      least = padded;
-      best = threads;
-    }
-  }
-  return best;
-}
-
 }  // namespace
 
 void run_cuda(const Problem &p) {
@@ -237,11 +222,11 @@ void run_cuda(const Problem &p) {
                        gpu::aligned16(a.shared_output) && gpu::aligned16(a.residual);
   const int64_t groups = vectors ? p.hidden * item / 16 : p.hidden;
   const bool streaming = p.tokens * (p.topk + 1) * p.hidden * item > cuda::facts(device).l2_bytes;
-  const int threads = threads_for(groups);
+  const int threads = gpu::threads_for(groups);
   const dim3 grid(static_cast<unsigned>((groups + threads - 1) / threads),
                   static_cast<unsigned>(std::min<int64_t>(p.tokens, 65535)));
   choose(p.dtype, p.topk, p.numerics, vectors, streaming)
-      .launch(grid, dim3(static_cast<unsigned>(threads)), p.call->stream, a);
+      .launch(grid, dim3(static_cast<unsigned>(threads)), p.call->stream, 0, a);
 }
 
 }  // namespace epmoe::gather_sum

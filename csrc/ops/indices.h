@@ -37,7 +37,7 @@ class Offence {
   int64_t first() const { return first_.load(); }
 
   [[noreturn]] void raise(const char *argument, int64_t value, int64_t begin, int64_t end, int64_t topk,
-                          const char *hint) const {
+                          const std::string &hint) const {
     fail(EPMOE_ERR_INDEX_OUT_OF_RANGE, argument,
          "an index in [" + std::to_string(begin) + ", " + std::to_string(end) + ")",
          std::to_string(value) + " at token " + std::to_string(first() / topk) + ", slot " +

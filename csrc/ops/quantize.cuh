@@ -1,0 +1,113 @@
+// Conversion to float8 and its scales on CUDA.
+#pragma once
+
+#include <cuda_fp8.h>
+
+#include "ops/common.cuh"
+#include "ops/quantize.h"
+
+namespace epmoe::gpu {
+
+// Triton's float32 division: about two units in the last place.
+__device__ __forceinline__ float divide_approximately(float a, float b) {
+  float quotient;
+  asm("div.full.f32 %0, %1, %2;" : "=f"(quotient) : "f"(a), "f"(b));
+  return quotient;
+}
+
+template <bool kTriton>
+__device__ __forceinline__ float divide(float a, float b) {
+  return kTriton ? divide_approximately(a, b) : __fdiv_rn(a, b);
+}
+
+// The scale under which values up to `absmax` fit float8.
+template <bool kTriton>
+__device__ __forceinline__ float float8_scale(float absmax, bool power_of_two) {
+  const float scale = divide<kTriton>(fmaxf(absmax, quantize::kLeastAbsmax), quantize::kLargest);
+  const uint32_t bits = __float_as_uint(scale);
+  if (!power_of_two || (bits & 0x7fffffu) == 0) return scale;
+  return __uint_as_float((bits + 0x800000u) & 0xff800000u);
+}
+
+// value / scale in the range of float8. The original's clamp turns a NaN into its lower bound.
+template <bool kTriton>
+__device__ __forceinline__ float quantised(float value, float scale) {
+  const float quotient = divide<kTriton>(value, scale);
+  return kTriton ? fminf(fmaxf(quotient, -quantize::kLargest), quantize::kLargest) : quotient;
+}
+
+// Eight consecutive elements as float32: loaded and stored by vectors, or one by one up to `count` of them.
+constexpr int kOctet = 8;
+
+template <bool kVectors, typename T>
+__device__ __forceinline__ void load_octet(float (&out)[kOctet], const T *source, int count) {
+  if constexpr (kVectors) {
+    constexpr int kLanes = 16 / sizeof(T);
+#pragma unroll
+    for (int i = 0; i < kOctet / kLanes; ++i) {
+      float part[kLanes];
+      load<CachePolicy::kCached, T, kLanes>(source + i * kLanes).widen(part);
+#pragma unroll
+      for (int j = 0; j < kLanes; ++j) out[i * kLanes + j] = part[j];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) out[i] = i < count ? Element<T>::widen(source[i]) : 0.0f;
+  }
+}
+
+template <bool kVectors, typename T>
+__device__ __forceinline__ void store_octet(T *destination, const float (&in)[kOctet], int count) {
+  if constexpr (kVectors) {
+    constexpr int kLanes = 16 / sizeof(T);
+#pragma unroll
+    for (int i = 0; i < kOctet / kLanes; ++i) {
+      float part[kLanes];
+#pragma unroll
+      for (int j = 0; j < kLanes; ++j) part[j] = in[i * kLanes + j];
+      Vector<T, kLanes> vector;
+      vector.narrow(part);
+      store<CachePolicy::kCached, T, kLanes>(destination + i * kLanes, vector);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) {
+      if (i < count) destination[i] = Element<T>::narrow(in[i]);
+    }
+  }
+}
+
+template <bool kVectors>
+__device__ __forceinline__ void store_octet(__nv_fp8_e4m3 *destination, const float (&in)[kOctet], int count) {
+  if constexpr (kVectors) {
+    uint16_t pair[kOctet / 2];
+#pragma unroll
+    for (int i = 0; i < kOctet / 2; ++i) {
+      pair[i] = __nv_cvt_float2_to_fp8x2(make_float2(in[2 * i], in[2 * i + 1]), __NV_SATFINITE, __NV_E4M3);
+    }
+    *reinterpret_cast<uint2 *>(destination) =
+        make_uint2(pair[0] | static_cast<uint32_t>(pair[1]) << 16, pair[2] | static_cast<uint32_t>(pair[3]) << 16);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) {
+      if (i < count) destination[i].__x = __nv_cvt_float_to_fp8(in[i], __NV_SATFINITE, __NV_E4M3);
+    }
+  }
+}
+
+// The largest magnitude of eight elements, NaN aside.
+__device__ __forceinline__ float absmax_of(const float (&x)[kOctet]) {
+  float most = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) most = fmaxf(most, fabsf(x[i]));
+  return most;
+}
+
+// The largest over 16 neighbouring lanes, which hold a group of 128 columns.
+__device__ __forceinline__ float group_max(float most) {
+#pragma unroll
+  for (int step = 8; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, step));
+  return most;
+}
+
+}  // namespace epmoe::gpu

@@ -1,0 +1,29 @@
+// The choices that ops with float8 output share, and their scales on the CPU.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "core/float16.h"
+
+namespace epmoe::quantize {
+
+enum Quantization { kStatic, kToken, kGroup };
+constexpr const char *kScaleFormats[] = {"float32", "power_of_two"};
+
+constexpr int64_t kGroupSize = 128;
+constexpr float kLargest = 448.0f;     // of float8_e4m3fn
+constexpr float kLeastAbsmax = 1e-10f;  // rows of zeros get a scale that divides
+
+inline int64_t groups_of(int64_t columns) { return (columns + kGroupSize - 1) / kGroupSize; }
+
+// The scale under which values up to `absmax` fit float8.
+inline float scale_of(float absmax, bool power_of_two) {
+  const float scale = std::max(absmax, kLeastAbsmax) / kLargest;
+  if (!power_of_two) return scale;
+  const auto bits = bit_cast<uint32_t>(scale);
+  return bit_cast<float>((bits & 0x7fffffu) != 0 ? (bits + 0x800000u) & 0xff800000u : bits);
+}
+
+}  // namespace epmoe::quantize

@@ -1,0 +1,197 @@
+// Rows to their slots on the CPU: a row is converted once, or once an expert where scales differ, and copied.
+#include "ops/scatter_rows.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "core/error.h"
+#include "core/float16.h"
+#include "core/simd.h"
+#include "core/threads.h"
+
+namespace epmoe::scatter_rows {
+namespace {
+
+#define EPMOE_WIDEN_LOOP(Element, suffix)                                                    \
+  EPMOE_SIMD void widen_##suffix(float *out, const Element::Storage *in, int64_t n) {        \
+    for (int64_t i = 0; i < n; ++i) out[i] = Element::widen(in[i]);                          \
+  }                                                                                          \
+  EPMOE_SIMD void narrow_##suffix(Element::Storage *out, const float *in, int64_t n) {       \
+    for (int64_t i = 0; i < n; ++i) out[i] = Element::narrow(in[i]);                         \
+  }
+EPMOE_WIDEN_LOOP(Float32, float32)
+EPMOE_WIDEN_LOOP(Float16, float16)
+EPMOE_WIDEN_LOOP(BFloat16, bfloat16)
+EPMOE_WIDEN_LOOP(Float8, float8)
+
+EPMOE_SIMD void divide(float *out, const float *in, float divisor, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = in[i] / divisor;
+}
+EPMOE_SIMD void multiply(float *out, const float *in, float factor, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = in[i] * factor;
+}
+EPMOE_SIMD float absmax_of(const float *in, int64_t n) {
+  float most = 0;
+  for (int64_t i = 0; i < n; ++i) most = std::fabs(in[i]) > most ? std::fabs(in[i]) : most;  // false for NaN
+  return most;
+}
+
+void widen(float *out, const void *in, int32_t dtype, int64_t n) {
+  switch (dtype) {
+    case EPMOE_FLOAT32:
+      return widen_float32(out, static_cast<const float *>(in), n);
+    case EPMOE_FLOAT16:
+      return widen_float16(out, static_cast<const uint16_t *>(in), n);
+    case EPMOE_BFLOAT16:
+      return widen_bfloat16(out, static_cast<const uint16_t *>(in), n);
+    default:
+      return widen_float8(out, static_cast<const uint8_t *>(in), n);
+  }
+}
+
+void narrow(void *out, const float *in, int32_t dtype, int64_t n) {
+  switch (dtype) {
+    case EPMOE_FLOAT32:
+      return narrow_float32(static_cast<float *>(out), in, n);
+    case EPMOE_FLOAT16:
+      return narrow_float16(static_cast<uint16_t *>(out), in, n);
+    case EPMOE_BFLOAT16:
+      return narrow_bfloat16(static_cast<uint16_t *>(out), in, n);
+    default:
+      return narrow_float8(static_cast<uint8_t *>(out), in, n);
+  }
+}
+
+class Scatter {
+ public:
+  explicit Scatter(const Problem &p) : p_(p), row_bytes_(p.hidden * itemsize(p.output_dtype)) {}
+
+  void run() {
+    const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, p_.hidden * (p_.topk + 1)));
+    parallel_for(p_.tokens, grain, [&](int64_t begin, int64_t end) {
+      Scratch scratch;
+      for (int64_t token = begin; token < end; ++token) move(token, scratch);
+    });
+    if (bad_rows_.any()) {
+      bad_rows_.raise(name(p_.src2dst_param), p_.src2dst[bad_rows_.first()], p_.dst_start, p_.dst_start + p_.row_count,
+                      p_.topk, "The slot was skipped and the rest moved");
+    }
+    if (bad_ids_.any()) {
+      bad_ids_.raise(name(p_.ids_param), p_.topk_ids[bad_ids_.first()], p_.start_expert_id,
+                     p_.start_expert_id + p_.scale_count, p_.topk,
+                     "a1_scales has no entry for this expert; the slot was skipped and the rest moved");
+    }
+  }
+
+ private:
+  struct Slot {
+    int64_t row;
+    int64_t expert;  // local
+  };
+  struct Scratch {
+    std::vector<Slot> slots;
+    std::vector<float> wide, scaled, scales;
+    std::vector<char> row;
+  };
+
+  const char *name(int param) const { return p_.call->entry->op->params[param].name; }
+
+  void gather_slots(int64_t token, std::vector<Slot> &slots) {
+    slots.clear();
+    for (int64_t k = 0; k < p_.topk; ++k) {
+      const int64_t flat = token * p_.topk + k;
+      int64_t expert = 0;
+      if (p_.topk_ids) {
+        const int64_t id = p_.topk_ids[flat];
+        if (id < p_.start_expert_id || id > p_.end_expert_id) continue;
+        expert = id - p_.start_expert_id;
+        if (p_.scales_by_expert() && expert >= p_.scale_count) {
+          bad_ids_.report(flat);
+          continue;
+        }
+      }
+      const int64_t destination = p_.src2dst[flat];
+      if (!p_.topk_ids && destination < 0) continue;
+      const auto row = static_cast<uint64_t>(destination) - static_cast<uint64_t>(p_.dst_start);
+      if (row >= static_cast<uint64_t>(p_.row_count)) {
+        bad_rows_.report(flat);
+        continue;
+      }
+      slots.push_back({static_cast<int64_t>(row), expert});
+    }
+  }
+
+  void move(int64_t token, Scratch &s) {
+    gather_slots(token, s.slots);
+    if (s.slots.empty()) return;
+    const char *source = static_cast<const char *>(p_.input) + token * p_.hidden * itemsize(p_.input_dtype);
+    const char *row = source;
+    const float *scales = p_.input_scales == nullptr ? nullptr : p_.input_scales + token * p_.groups;
+    if (!p_.copies()) {
+      const auto columns = static_cast<size_t>(p_.hidden);
+      s.wide.resize(columns);
+      s.scaled.resize(columns);
+      s.row.resize(static_cast<size_t>(row_bytes_));
+      widen(s.wide.data(), source, p_.input_dtype, p_.hidden);
+      row = s.row.data();
+      if (p_.quantization != quantize::kStatic) {
+        quantise(s);
+        scales = s.scales.data();
+      } else if (!p_.scales_by_expert()) {
+        convert(s, p_.a1_scales == nullptr ? nullptr : p_.a1_scales + token);
+      }
+    }
+    for (const Slot &slot : s.slots) {
+      if (p_.scales_by_expert()) convert(s, p_.a1_scales + slot.expert);
+      std::memcpy(static_cast<char *>(p_.output) + slot.row * row_bytes_, row, static_cast<size_t>(row_bytes_));
+      if (scales != nullptr) std::copy_n(scales, p_.groups, p_.output_scales + slot.row * p_.groups);
+    }
+  }
+
+  void convert(Scratch &s, const float *divisor) const {
+    if (divisor == nullptr) return narrow(s.row.data(), s.wide.data(), p_.output_dtype, p_.hidden);
+    if (p_.numerics == kTriton)
+      multiply(s.scaled.data(), s.wide.data(), 1.0f / *divisor, p_.hidden);
+    else
+      divide(s.scaled.data(), s.wide.data(), *divisor, p_.hidden);
+    narrow(s.row.data(), s.scaled.data(), p_.output_dtype, p_.hidden);
+  }
+
+  void quantise(Scratch &s) const {
+    const int64_t size = p_.quantization == quantize::kToken ? p_.hidden : quantize::kGroupSize;
+    s.scales.resize(static_cast<size_t>(p_.groups));
+    for (int64_t group = 0; group < p_.groups; ++group) {
+      const int64_t first = group * size;
+      const int64_t n = std::min(size, p_.hidden - first);
+      const float scale = quantize::scale_of(absmax_of(s.wide.data() + first, n), p_.power_of_two);
+      s.scales[static_cast<size_t>(group)] = scale;
+      divide(s.scaled.data() + first, s.wide.data() + first, scale, n);
+    }
+    narrow(s.row.data(), s.scaled.data(), p_.output_dtype, p_.hidden);
+  }
+
+  const Problem &p_;
+  const int64_t row_bytes_;
+  Offence bad_rows_, bad_ids_;
+};
+
+}  // namespace
+
+void check_sizes(const Problem &p, int input_param, int output_param) {
+  const auto name = [&](int param) { return p.call->entry->op->params[param].name; };
+  if (p.topk > INT32_MAX || p.hidden > INT32_MAX) {
+    fail(EPMOE_ERR_SHAPE, name(p.hidden > INT32_MAX ? input_param : p.src2dst_param), "sizes K and H below 2^31",
+         std::to_string(std::max(p.topk, p.hidden)), "Split the call");
+  }
+  if (p.row_count >= 0xffffffffll) {
+    fail(EPMOE_ERR_SHAPE, name(output_param), "fewer than 2^32 - 1 rows", std::to_string(p.row_count),
+         "Split the call");
+  }
+}
+
+void run_cpu(const Problem &p) { Scatter(p).run(); }
+
+}  // namespace epmoe::scatter_rows
