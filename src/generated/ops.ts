@@ -39,6 +39,119 @@ export function epGather<Output extends TensorLike>(args: EpGatherArguments & { 
   return args.outputTensor
 }
 
+/** Arguments of epScatter. Tensors are contiguous and on one device; axes of one name have one length. */
+export interface EpScatterArguments {
+  /** Received rows. Shape [T, H]; dtype float32, float16, bfloat16, float8_e4m3fn. */
+  recvX: TensorLike
+  /** Their scales, copied beside them. Shape [T, G]; dtype float32. */
+  recvXScale?: TensorLike | undefined
+  /** Expert of each slot, local to the rank; -1: not here. Shape [T, K]; dtype int32, int64. */
+  recvTopk: TensorLike
+  /** Rows reserved for each expert, usually padded to 128. Shape [E]; dtype int32. */
+  numRecvTokensPerExpert: TensorLike
+  /** Receives each segment's first row. Shape [E]; dtype int32. */
+  expertStartLoc: TensorLike
+  /** Receives the rows; rows of no slot stay as they are. Shape [M, H]; dtype that of recvX. */
+  outputTensor: TensorLike
+  /** Receives the scales. Shape [M, G]; dtype float32. */
+  outputTensorScale?: TensorLike | undefined
+  /** Receives the expert of each reserved row; rows beyond the last segment stay as they are. Shape [M]; dtype int32. */
+  mIndices: TensorLike
+  /** Receives the row of each slot, -1 where it has none. Shape [T, K]; dtype int32. */
+  outputIndex: TensorLike
+  /** Where to run. Default: torch's current stream when a tensor is torch's, otherwise epmoe's own. CUDA only. */
+  stream?: Stream | undefined
+}
+
+let epScatterOp: Op | undefined
+
+/**
+ * Places received rows in their experts' segments: segments are as long as numRecvTokensPerExpert says and follow
+ * each other; within one, rows are in order of token and slot. Throws EpmoeError; an index out of range inside a
+ * tensor is skipped and reported, on the CPU by the call itself and on CUDA by the next synchronize(). Returns
+ * expertStartLoc.
+ */
+export function epScatter<Output extends TensorLike>(args: EpScatterArguments & { expertStartLoc: Output }): Output {
+  const op = (epScatterOp ??= new Op('ep_scatter'))
+  op.begin(args)
+  op.tensor(0, 'recvX', args.recvX)
+  op.tensor(1, 'recvXScale', args.recvXScale)
+  op.tensor(2, 'recvTopk', args.recvTopk)
+  op.tensor(3, 'numRecvTokensPerExpert', args.numRecvTokensPerExpert)
+  op.tensor(4, 'expertStartLoc', args.expertStartLoc)
+  op.tensor(5, 'outputTensor', args.outputTensor)
+  op.tensor(6, 'outputTensorScale', args.outputTensorScale)
+  op.tensor(7, 'mIndices', args.mIndices)
+  op.tensor(8, 'outputIndex', args.outputIndex)
+  op.run(args, args.stream)
+  return args.expertStartLoc
+}
+
+/** Arguments of geluAndMul. Tensors are contiguous and on one device; axes of one name have one length. */
+export interface GeluAndMulArguments {
+  /**
+   * Rows of the first grouped GEMM: the gate's half, then the up half. Shape [...R, 2*I]; dtype float32, float16,
+   * bfloat16.
+   */
+  gateupOutput: TensorLike
+  /** Receives the active rows; float8 saturates at 448. Shape [...R, I]; dtype float8_e4m3fn, that of gateupOutput. */
+  downInput: TensorLike
+  /**
+   * Expert of each row: active when within [startExpertId, endExpertId]; all are when absent. Shape [R]; dtype
+   * int32, int64.
+   */
+  reorderTopkIds?: TensorLike | undefined
+  /** Divisor of each local expert. Shape [S]; dtype float32. */
+  scales?: TensorLike | undefined
+  /** Active rows of each expert, which has R/E of them (DeepGEMM). Shape [E]; dtype int32. */
+  maskedM?: TensorLike | undefined
+  /** Receives the scales found, one for each 128 columns. Shape [...R, G]; dtype float32. */
+  outputScales?: TensorLike | undefined
+  /** First local expert. Default 0. */
+  startExpertId?: number | bigint | undefined
+  /** Last local expert, inclusive. Default 2147483647. */
+  endExpertId?: number | bigint | undefined
+  /**
+   * static: by scales, if any. group: float8 by the largest magnitude of each 128 columns, NaN aside; 448 times the
+   * scale is that magnitude, or 1e-10 where it is smaller. Default 'static'.
+   */
+  quantization?: 'static' | 'group' | undefined
+  /** Of the scales found: float32, or powerOfTwo, the next one up. Default 'float32'. */
+  scaleFormat?: 'float32' | 'power_of_two' | undefined
+  /**
+   * fp32: float32 throughout, one final rounding. triton: the original kernel's arithmetic, the activation and each
+   * product rounded to the input dtype. Default 'fp32'.
+   */
+  numerics?: 'fp32' | 'triton' | undefined
+  /** Where to run. Default: torch's current stream when a tensor is torch's, otherwise epmoe's own. CUDA only. */
+  stream?: Stream | undefined
+}
+
+let geluAndMulOp: Op | undefined
+
+/**
+ * Activates each row: downInput[r] = gelu(gate) * up / scale, gate and up the halves of gateupOutput[r], and gelu in
+ * its tanh form. Rows that are not active stay as they are. Throws EpmoeError; an index out of range inside a tensor
+ * is skipped and reported, on the CPU by the call itself and on CUDA by the next synchronize(). Returns downInput.
+ */
+export function geluAndMul<Output extends TensorLike>(args: GeluAndMulArguments & { downInput: Output }): Output {
+  const op = (geluAndMulOp ??= new Op('gelu_and_mul'))
+  op.begin(args)
+  op.tensor(0, 'gateupOutput', args.gateupOutput)
+  op.tensor(1, 'downInput', args.downInput)
+  op.tensor(2, 'reorderTopkIds', args.reorderTopkIds)
+  op.tensor(3, 'scales', args.scales)
+  op.tensor(4, 'maskedM', args.maskedM)
+  op.tensor(5, 'outputScales', args.outputScales)
+  op.integer(6, 'startExpertId', args.startExpertId)
+  op.integer(7, 'endExpertId', args.endExpertId)
+  op.choice(8, 'quantization', args.quantization, ['static', 'group'])
+  op.choice(9, 'scaleFormat', args.scaleFormat, ['float32', 'power_of_two'])
+  op.choice(10, 'numerics', args.numerics, ['fp32', 'triton'])
+  op.run(args, args.stream)
+  return args.downInput
+}
+
 /** Arguments of moeSumReduce. Tensors are contiguous and on one device; axes of one name have one length. */
 export interface MoeSumReduceArguments {
   /** The experts' rows, already weighted. Shape [T, K, H]; dtype float32, float16, bfloat16. */
@@ -138,6 +251,136 @@ export function postReorder<Output extends TensorLike>(args: PostReorderArgument
   return args.output
 }
 
+/** Arguments of preReorder. Tensors are contiguous and on one device; axes of one name have one length. */
+export interface PreReorderArguments {
+  /**
+   * The tokens' rows; float8 rows are copied bit by bit, with their inputScales. Shape [T, H]; dtype float32,
+   * float16, bfloat16, float8_e4m3fn.
+   */
+  input: TensorLike
+  /** Receives the rows; float8 saturates at 448. Shape [...R, H]; dtype float8_e4m3fn, that of input. */
+  gateupInput: TensorLike
+  /**
+   * Row of each slot, counted from dstStart; negative entries are skipped when topkIds is absent. Shape [T*K] or [T,
+   * K]; dtype int32, int64.
+   */
+  src2dst: TensorLike
+  /**
+   * Expert of each slot; without it a slot is local when src2dst is not negative (DeepEP). Shape [T, K]; dtype
+   * int32, int64.
+   */
+  topkIds?: TensorLike | undefined
+  /** Divisors, indexed as scaleAxis says. Shape [S]; dtype float32. */
+  a1Scales?: TensorLike | undefined
+  /** Scale rows of an already quantised input, copied to outputScales beside the rows. Shape [T, G]; dtype float32. */
+  inputScales?: TensorLike | undefined
+  /**
+   * Receives the scales found, G = 1 a token or one for each 128 columns, or inputScales. Shape [...R, G]; dtype
+   * float32.
+   */
+  outputScales?: TensorLike | undefined
+  /** First local expert. Default 0. */
+  startExpertId?: number | bigint | undefined
+  /** Last local expert, inclusive. Default 2147483647. */
+  endExpertId?: number | bigint | undefined
+  /** Subtracted from src2dst to give the row. Default 0. */
+  dstStart?: number | bigint | undefined
+  /** What indexes a1Scales: expert, counted from startExpertId, or token. Default 'expert'. */
+  scaleAxis?: 'expert' | 'token' | undefined
+  /**
+   * static: by a1Scales, if any. token, group: float8 by the largest magnitude of the row or of each 128 columns,
+   * NaN aside; 448 times the scale is that magnitude, or 1e-10 where it is smaller. Default 'static'.
+   */
+  quantization?: 'static' | 'token' | 'group' | undefined
+  /** Of the scales found: float32, or powerOfTwo, the next one up. Default 'float32'. */
+  scaleFormat?: 'float32' | 'power_of_two' | undefined
+  /**
+   * fp32: one division in float32, then one rounding. triton: the original's product with an approximate reciprocal.
+   * Default 'fp32'.
+   */
+  numerics?: 'fp32' | 'triton' | undefined
+  /** Where to run. Default: torch's current stream when a tensor is torch's, otherwise epmoe's own. CUDA only. */
+  stream?: Stream | undefined
+}
+
+let preReorderOp: Op | undefined
+
+/**
+ * Copies each token's row to the rows of its local slots: gateupInput[src2dst[t,k] - dstStart] = input[t], divided
+ * by a scale and converted on the way. Slots of experts outside [startExpertId, endExpertId] are skipped; rows of no
+ * slot stay as they are. Throws EpmoeError; an index out of range inside a tensor is skipped and reported, on the
+ * CPU by the call itself and on CUDA by the next synchronize(). Returns gateupInput.
+ */
+export function preReorder<Output extends TensorLike>(args: PreReorderArguments & { gateupInput: Output }): Output {
+  const op = (preReorderOp ??= new Op('pre_reorder'))
+  op.begin(args)
+  op.tensor(0, 'input', args.input)
+  op.tensor(1, 'gateupInput', args.gateupInput)
+  op.tensor(2, 'src2dst', args.src2dst)
+  op.tensor(3, 'topkIds', args.topkIds)
+  op.tensor(4, 'a1Scales', args.a1Scales)
+  op.tensor(5, 'inputScales', args.inputScales)
+  op.tensor(6, 'outputScales', args.outputScales)
+  op.integer(7, 'startExpertId', args.startExpertId)
+  op.integer(8, 'endExpertId', args.endExpertId)
+  op.integer(9, 'dstStart', args.dstStart)
+  op.choice(10, 'scaleAxis', args.scaleAxis, ['expert', 'token'])
+  op.choice(11, 'quantization', args.quantization, ['static', 'token', 'group'])
+  op.choice(12, 'scaleFormat', args.scaleFormat, ['float32', 'power_of_two'])
+  op.choice(13, 'numerics', args.numerics, ['fp32', 'triton'])
+  op.run(args, args.stream)
+  return args.gateupInput
+}
+
+/** Arguments of preprocess. Tensors are contiguous and on one device; axes of one name have one length. */
+export interface PreprocessArguments {
+  /** Expert of each slot: 0 to E-1, or -1 for none. Shape [T, K]; dtype int32, int64. */
+  topkIds: TensorLike
+  /** Receives the row of each slot. Shape [T*K] or [T, K]; dtype int32, int64. */
+  src2dst: TensorLike
+  /** Receives where each expert's rows begin, and the end. Shape [E+1]; dtype int64. */
+  segIndptr: TensorLike
+  /** Receives the expert of each row. Shape [T*K]; dtype that of topkIds. */
+  reorderTopkIds?: TensorLike | undefined
+  /** Receives how many slots each expert has. Shape [E]; dtype int32. */
+  maskedM?: TensorLike | undefined
+  /**
+   * 0: rows are packed. Otherwise each expert has mMax rows (DeepGEMM): src2dst is expert * mMax + its place in the
+   * expert, and -1 for slots without an expert. Default 0.
+   */
+  mMax?: number | bigint | undefined
+  /**
+   * counted: slots of -1 come first and count as rows before expert 0's, within its segment (runMoeEpPreproess).
+   * dropped: rows begin with expert 0; slots of -1 get negative rows, and reorderTopkIds ends with their -1
+   * (DeepEP). Default 'counted'.
+   */
+  negatives?: 'counted' | 'dropped' | undefined
+  /** Where to run. Default: torch's current stream when a tensor is torch's, otherwise epmoe's own. CUDA only. */
+  stream?: Stream | undefined
+}
+
+let preprocessOp: Op | undefined
+
+/**
+ * Orders slots by expert, stably and without a sort: src2dst[i] is the row of slot i when rows are grouped by
+ * expert, then by slot, and segIndptr[e] to segIndptr[e+1] are the rows of expert e. Runs without waiting for the
+ * device. Throws EpmoeError; an index out of range inside a tensor is skipped and reported, on the CPU by the call
+ * itself and on CUDA by the next synchronize(). Returns src2dst.
+ */
+export function preprocess<Output extends TensorLike>(args: PreprocessArguments & { src2dst: Output }): Output {
+  const op = (preprocessOp ??= new Op('preprocess'))
+  op.begin(args)
+  op.tensor(0, 'topkIds', args.topkIds)
+  op.tensor(1, 'src2dst', args.src2dst)
+  op.tensor(2, 'segIndptr', args.segIndptr)
+  op.tensor(3, 'reorderTopkIds', args.reorderTopkIds)
+  op.tensor(4, 'maskedM', args.maskedM)
+  op.integer(5, 'mMax', args.mMax)
+  op.choice(6, 'negatives', args.negatives, ['counted', 'dropped'])
+  op.run(args, args.stream)
+  return args.src2dst
+}
+
 /** Arguments of shuffleMulSum. Tensors are contiguous and on one device; axes of one name have one length. */
 export interface ShuffleMulSumArguments {
   /** Rows in the experts' order. Shape [R, H]; dtype float32, float16, bfloat16. */
@@ -168,4 +411,70 @@ export function shuffleMulSum<Output extends TensorLike>(args: ShuffleMulSumArgu
   op.tensor(3, 'factors', args.factors)
   op.run(args, args.stream)
   return args.output
+}
+
+/** Arguments of siluAndMul. Tensors are contiguous and on one device; axes of one name have one length. */
+export interface SiluAndMulArguments {
+  /**
+   * Rows of the first grouped GEMM: the gate's half, then the up half. Shape [...R, 2*I]; dtype float32, float16,
+   * bfloat16.
+   */
+  gateupOutput: TensorLike
+  /** Receives the active rows; float8 saturates at 448. Shape [...R, I]; dtype float8_e4m3fn, that of gateupOutput. */
+  downInput: TensorLike
+  /**
+   * Expert of each row: active when within [startExpertId, endExpertId]; all are when absent. Shape [R]; dtype
+   * int32, int64.
+   */
+  reorderTopkIds?: TensorLike | undefined
+  /** Divisor of each local expert. Shape [S]; dtype float32. */
+  scales?: TensorLike | undefined
+  /** Active rows of each expert, which has R/E of them (DeepGEMM). Shape [E]; dtype int32. */
+  maskedM?: TensorLike | undefined
+  /** Receives the scales found, one for each 128 columns. Shape [...R, G]; dtype float32. */
+  outputScales?: TensorLike | undefined
+  /** First local expert. Default 0. */
+  startExpertId?: number | bigint | undefined
+  /** Last local expert, inclusive. Default 2147483647. */
+  endExpertId?: number | bigint | undefined
+  /**
+   * static: by scales, if any. group: float8 by the largest magnitude of each 128 columns, NaN aside; 448 times the
+   * scale is that magnitude, or 1e-10 where it is smaller. Default 'static'.
+   */
+  quantization?: 'static' | 'group' | undefined
+  /** Of the scales found: float32, or powerOfTwo, the next one up. Default 'float32'. */
+  scaleFormat?: 'float32' | 'power_of_two' | undefined
+  /**
+   * fp32: float32 throughout, one final rounding. triton: the original kernel's arithmetic, the activation and each
+   * product rounded to the input dtype. Default 'fp32'.
+   */
+  numerics?: 'fp32' | 'triton' | undefined
+  /** Where to run. Default: torch's current stream when a tensor is torch's, otherwise epmoe's own. CUDA only. */
+  stream?: Stream | undefined
+}
+
+let siluAndMulOp: Op | undefined
+
+/**
+ * Activates each row: downInput[r] = silu(gate) * up / scale, gate and up the halves of gateupOutput[r], and silu(x)
+ * = x / (1 + exp(-x)). Rows that are not active stay as they are. Throws EpmoeError; an index out of range inside a
+ * tensor is skipped and reported, on the CPU by the call itself and on CUDA by the next synchronize(). Returns
+ * downInput.
+ */
+export function siluAndMul<Output extends TensorLike>(args: SiluAndMulArguments & { downInput: Output }): Output {
+  const op = (siluAndMulOp ??= new Op('silu_and_mul'))
+  op.begin(args)
+  op.tensor(0, 'gateupOutput', args.gateupOutput)
+  op.tensor(1, 'downInput', args.downInput)
+  op.tensor(2, 'reorderTopkIds', args.reorderTopkIds)
+  op.tensor(3, 'scales', args.scales)
+  op.tensor(4, 'maskedM', args.maskedM)
+  op.tensor(5, 'outputScales', args.outputScales)
+  op.integer(6, 'startExpertId', args.startExpertId)
+  op.integer(7, 'endExpertId', args.endExpertId)
+  op.choice(8, 'quantization', args.quantization, ['static', 'group'])
+  op.choice(9, 'scaleFormat', args.scaleFormat, ['float32', 'power_of_two'])
+  op.choice(10, 'numerics', args.numerics, ['fp32', 'triton'])
+  op.run(args, args.stream)
+  return args.downInput
 }

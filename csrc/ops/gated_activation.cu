@@ -1,0 +1,224 @@
+// The gated activation on CUDA: eight columns a thread, gate and up loaded together.
+#include <algorithm>
+
+#include "ops/gated_activation.h"
+#include "ops/quantize.cuh"
+
+namespace epmoe::gated_activation {
+namespace {
+
+using gpu::Element;
+using gpu::kOctet;
+using Float8 = __nv_fp8_e4m3;
+
+struct Arguments {
+  const void *input;
+  void *output;
+  const void *reorder_topk_ids;
+  const float *scales;
+  const int32_t *masked_m;
+  float *output_scales;
+  cuda::StatusWord *status;
+  int64_t rows, rows_each, scale_count, start_expert_id, end_expert_id;
+  uint32_t width, groups;
+  int32_t op_index;
+  bool ids_int64, power_of_two;
+};
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+// 2^x as Triton's exp has it, which takes x * log2(e).
+__device__ __forceinline__ float exp_approximately(float x) {
+  float power;
+  asm("ex2.approx.f32 %0, %1;" : "=f"(power) : "f"(__fmul_rn(x, kLog2E)));
+  return power;
+}
+
+template <Function kFunction>
+__device__ __forceinline__ float logistic_argument(float g) {
+  if constexpr (kFunction == kSilu) return g;
+  // gelu's 1 + tanh(u) is twice the logistic function of 2u, which does not cancel for negative u.
+  return 2.0f * (0.7978845608028654f * (g + 0.044715f * g * g * g));
+}
+
+// The default: as accurate as T can show. Half the bits of a float32 would be wasted on 16-bit results.
+template <Function kFunction, typename T>
+__device__ __forceinline__ float activate(float g) {
+  const float argument = logistic_argument<kFunction>(g);
+  if constexpr (sizeof(T) == 4) return __fdiv_rn(g, 1.0f + expf(-argument));
+  return gpu::divide_approximately(g, 1.0f + exp_approximately(-argument));
+}
+
+// The original's: the order of operations matters to the last bit.
+template <Function kFunction, bool kQuantises>
+__device__ __forceinline__ float activate_as_triton(float g) {
+  if constexpr (kFunction == kGelu) {
+    const float cubic = __fmul_rn(__fmul_rn(__fmul_rn(g, 0.044715f), g), g);
+    const float argument = __fmul_rn(__fadd_rn(g, cubic), 0.7978845608028654f);
+    const float logistic =
+        gpu::divide_approximately(1.0f, __fadd_rn(1.0f, exp_approximately(-__fmul_rn(argument, 2.0f))));
+    const float tanh = __fmaf_rn(logistic, 2.0f, -1.0f);
+    return __fmul_rn(__fmul_rn(g, 0.5f), __fadd_rn(tanh, 1.0f));
+  } else if constexpr (kQuantises) {
+    return gpu::divide_approximately(g, __fadd_rn(1.0f, exp_approximately(-g)));
+  } else {
+    return __fmul_rn(g, gpu::divide_approximately(1.0f, __fadd_rn(1.0f, exp_approximately(-g))));
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ float round_to(float x) {
+  return Element<T>::widen(Element<T>::narrow(x));
+}
+
+// A product of two values of T is exact in float32 for 16-bit types, so that rounding it once more is rounding it once.
+template <Function kFunction, bool kQuantises, bool kTriton, typename T>
+__device__ __forceinline__ float gated(float gate, float up) {
+  if constexpr (kTriton) return round_to<T>(__fmul_rn(round_to<T>(activate_as_triton<kFunction, kQuantises>(gate)), up));
+  return __fmul_rn(activate<kFunction, T>(gate), up);
+}
+
+// Whether a row is active; finds its divisor.
+__device__ __forceinline__ bool active(const Arguments &a, int64_t row, float &scale) {
+  if (a.reorder_topk_ids == nullptr) return true;
+  const int64_t id = gpu::load_index(a.reorder_topk_ids, a.ids_int64, row);
+  if (id < a.start_expert_id || id > a.end_expert_id) return false;
+  if (a.scales == nullptr) return true;
+  const int64_t expert = id - a.start_expert_id;
+  if (expert >= a.scale_count) {
+    gpu::report_index(a.status, a.op_index, kReorderTopkIds, row, 0, id, a.start_expert_id,
+                      a.start_expert_id + a.scale_count);
+    return false;
+  }
+  scale = __ldg(a.scales + expert);
+  return true;
+}
+
+template <typename T, typename Out, bool kVectors, Function kFunction, bool kQuantises, bool kTriton>
+__device__ __forceinline__ void move_row(const Arguments &a, int64_t row, float scale, uint32_t column) {
+  const int count = static_cast<int>(min(static_cast<int64_t>(a.width) - column, static_cast<int64_t>(kOctet)));
+  float y[kOctet] = {};
+  if (count > 0) {
+    const T *input = static_cast<const T *>(a.input) + row * 2 * a.width + column;
+    float gate[kOctet];
+    float up[kOctet];
+    gpu::load_octet<kVectors>(gate, input, count);
+    gpu::load_octet<kVectors>(up, input + a.width, count);
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) y[i] = gated<kFunction, kQuantises, kTriton, T>(gate[i], up[i]);
+  }
+  if constexpr (kQuantises) {
+    // The original's floor is of the input dtype, where float16 has none.
+    const float least = kTriton ? round_to<T>(quantize::kLeastAbsmax) : quantize::kLeastAbsmax;
+    const float most = gpu::group_max(gpu::absmax_of(y));
+    const float group_scale = gpu::float8_scale<kTriton>(most, a.power_of_two, least);
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) y[i] = gpu::quantised<kTriton>(y[i], group_scale);
+    if (count > 0 && threadIdx.x % 16 == 0) {
+      a.output_scales[row * a.groups + column / quantize::kGroupSize] = group_scale;
+    }
+  } else if (a.scales != nullptr) {
+    const float factor = kTriton ? round_to<T>(gpu::divide_approximately(1.0f, scale)) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) y[i] = kTriton ? round_to<T>(__fmul_rn(y[i], factor)) : __fdiv_rn(y[i], scale);
+  }
+  if (count > 0) gpu::store_octet<kVectors>(static_cast<Out *>(a.output) + row * a.width + column, y, count);
+}
+
+// Grid: x covers the columns, y rows (and strides), z experts when only the first rows of each are active.
+template <typename T, typename Out, bool kVectors, Function kFunction, bool kQuantises, bool kTriton>
+__global__ void __launch_bounds__(gpu::kMaxThreads) kernel(const Arguments a) {
+  const uint32_t column = (blockIdx.x * blockDim.x + threadIdx.x) * kOctet;
+  int64_t begin = 0;
+  int64_t end = a.rows;
+  if (a.masked_m != nullptr) {
+    const int32_t masked = __ldg(a.masked_m + blockIdx.z);
+    if (masked < 0 || masked > a.rows_each) {
+      gpu::report_index(a.status, a.op_index, kMaskedM, blockIdx.z, 0, masked, 0, a.rows_each + 1);
+    }
+    begin = blockIdx.z * a.rows_each;
+    end = begin + min(static_cast<int64_t>(max(masked, 0)), a.rows_each);
+  }
+  for (int64_t row = begin + blockIdx.y; row < end; row += gridDim.y) {
+    float scale = 1.0f;
+    if (active(a, row, scale)) move_row<T, Out, kVectors, kFunction, kQuantises, kTriton>(a, row, scale, column);
+  }
+}
+
+using gpu::Kernel;
+using gpu::kernel_of;
+
+template <typename T, typename Out, bool kVectors, Function kFunction>
+Kernel &for_numerics(const Problem &p) {
+  if constexpr (std::is_same_v<Out, Float8>) {
+    if (p.quantises) {
+      return p.numerics == kTriton ? kernel_of<&kernel<T, Out, kVectors, kFunction, true, true>>()
+                                   : kernel_of<&kernel<T, Out, kVectors, kFunction, true, false>>();
+    }
+  }
+  return p.numerics == kTriton ? kernel_of<&kernel<T, Out, kVectors, kFunction, false, true>>()
+                               : kernel_of<&kernel<T, Out, kVectors, kFunction, false, false>>();
+}
+
+template <typename T, typename Out>
+Kernel &for_function(const Problem &p, bool vectors) {
+  if (p.function == kSilu) return vectors ? for_numerics<T, Out, true, kSilu>(p) : for_numerics<T, Out, false, kSilu>(p);
+  return vectors ? for_numerics<T, Out, true, kGelu>(p) : for_numerics<T, Out, false, kGelu>(p);
+}
+
+template <typename T>
+Kernel &for_output(const Problem &p, bool vectors) {
+  if (p.output_dtype == EPMOE_FLOAT8_E4M3FN) return for_function<T, Float8>(p, vectors);
+  return for_function<T, T>(p, vectors);
+}
+
+Kernel &choose(const Problem &p, bool vectors) {
+  switch (p.input_dtype) {
+    case EPMOE_FLOAT32:
+      return for_output<float>(p, vectors);
+    case EPMOE_FLOAT16:
+      return for_output<__half>(p, vectors);
+    default:
+      return for_output<__nv_bfloat16>(p, vectors);
+  }
+}
+
+}  // namespace
+
+void run_cuda(const Problem &p) {
+  const int32_t device = p.call->device.device_id;
+  Arguments a{};
+  a.input = p.input;
+  a.output = p.output;
+  a.reorder_topk_ids = p.reorder_topk_ids.data;
+  a.scales = p.scales;
+  a.masked_m = p.masked_m;
+  a.output_scales = p.output_scales;
+  a.status = cuda::status_word(device);
+  a.rows = p.rows;
+  a.rows_each = p.masked_m == nullptr ? p.rows : p.rows / p.experts;
+  a.scale_count = p.scale_count;
+  a.start_expert_id = p.start_expert_id;
+  a.end_expert_id = p.end_expert_id;
+  a.width = static_cast<uint32_t>(p.width);
+  a.groups = static_cast<uint32_t>(p.groups);
+  a.op_index = p.call->entry->index;
+  a.ids_int64 = p.reorder_topk_ids.is_int64;
+  a.power_of_two = p.power_of_two;
+
+  const bool vectors = p.width % kOctet == 0 && gpu::aligned16(p.input) && gpu::aligned16(p.output);
+  const int64_t octets = (p.width + kOctet - 1) / kOctet;
+  const int threads = gpu::threads_for(octets);
+  const int64_t chunks = (octets + threads - 1) / threads;
+  int64_t rows = a.rows_each;
+  if (p.masked_m != nullptr) {
+    // Most rows of most experts are not active: a few blocks an expert stride over those that are.
+    const int64_t wanted = cuda::facts(device).sm_count * 16 / (chunks * p.experts) + 1;
+    rows = std::min(rows, wanted);
+  }
+  const dim3 grid(static_cast<unsigned>(chunks), static_cast<unsigned>(std::min<int64_t>(rows, 65535)),
+                  p.masked_m == nullptr ? 1u : static_cast<unsigned>(p.experts));
+  choose(p, vectors).launch(grid, dim3(static_cast<unsigned>(threads)), p.call->stream, 0, a);
+}
+
+}  // namespace epmoe::gated_activation
