@@ -53,8 +53,7 @@ __device__ __forceinline__ float activate(float g) {
 template <Function kFunction, bool kQuantises>
 __device__ __forceinline__ float activate_as_triton(float g) {
   if constexpr (kFunction == kGelu) {
-    const float cubic = __fmul_rn(__fmul_rn(__fmul_rn(g, 0.044715f), g), g);
-    const float argument = __fmul_rn(__fadd_rn(g, cubic), 0.7978845608028654f);
+    const float argument = __fmul_rn(__fmaf_rn(__fmul_rn(__fmul_rn(g, 0.044715f), g), g, g), 0.7978845608028654f);
     const float logistic =
         gpu::divide_approximately(1.0f, __fadd_rn(1.0f, exp_approximately(-__fmul_rn(argument, 2.0f))));
     const float tanh = __fmaf_rn(logistic, 2.0f, -1.0f);
@@ -108,10 +107,7 @@ __device__ __forceinline__ void move_row(const Arguments &a, int64_t row, float 
     for (int i = 0; i < kOctet; ++i) y[i] = gated<kFunction, kQuantises, kTriton, T>(gate[i], up[i]);
   }
   if constexpr (kQuantises) {
-    // The original's floor is of the input dtype, where float16 has none.
-    const float least = kTriton ? round_to<T>(quantize::kLeastAbsmax) : quantize::kLeastAbsmax;
-    const float most = gpu::group_max(gpu::absmax_of(y));
-    const float group_scale = gpu::float8_scale<kTriton>(most, a.power_of_two, least);
+    const float group_scale = gpu::float8_scale<kTriton>(gpu::group_max(gpu::absmax_of(y)), a.power_of_two);
 #pragma unroll
     for (int i = 0; i < kOctet; ++i) y[i] = gpu::quantised<kTriton>(y[i], group_scale);
     if (count > 0 && threadIdx.x % 16 == 0) {

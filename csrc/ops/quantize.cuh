@@ -20,10 +20,10 @@ __device__ __forceinline__ float divide(float a, float b) {
   return kTriton ? divide_approximately(a, b) : __fdiv_rn(a, b);
 }
 
-// The scale under which values up to `absmax`, no smaller than `least`, fit float8.
+// The scale under which values up to `absmax` fit float8.
 template <bool kTriton>
-__device__ __forceinline__ float float8_scale(float absmax, bool power_of_two, float least = quantize::kLeastAbsmax) {
-  const float scale = divide<kTriton>(fmaxf(absmax, least), quantize::kLargest);
+__device__ __forceinline__ float float8_scale(float absmax, bool power_of_two) {
+  const float scale = divide<kTriton>(fmaxf(absmax, quantize::kLeastAbsmax), quantize::kLargest);
   const uint32_t bits = __float_as_uint(scale);
   if (!power_of_two || (bits & 0x7fffffu) == 0) return scale;
   return __uint_as_float((bits + 0x800000u) & 0xff800000u);
