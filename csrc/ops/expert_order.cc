@@ -146,8 +146,8 @@ class Order {
 }  // namespace
 
 void check_sizes(const Problem &p) {
-  if (p.slots > INT32_MAX) {
-    fail(EPMOE_ERR_SHAPE, p.call->entry->op->params[p.ids_param].name, "fewer than 2^31 slots T*K",
+  if (p.slots > int64_t{1} << 30) {
+    fail(EPMOE_ERR_SHAPE, p.call->entry->op->params[p.ids_param].name, "at most 2^30 slots T*K",
          std::to_string(p.slots), "Split the call");
   }
   if (p.experts < 1 || p.experts > 1024) {

@@ -19,16 +19,25 @@ enum Axis { kRows, kWidth, kScaleCount, kExperts, kGroups };
 constexpr const char *kQuantizations[] = {"static", "group"};
 constexpr const char *kNumericsChoices[] = {"fp32", "triton"};
 
-template <Function kFunction>
-EPMOE_INLINE float logistic_argument(float g) {
-  if constexpr (kFunction == kSilu) return g;
-  // gelu's 1 + tanh(u) is twice the logistic function of 2u, which does not cancel for negative u.
-  return 2.0f * (0.7978845608028654f * (g + 0.044715f * g * g * g));
-}
-
+// g * logistic(g), or g * logistic(2u): gelu's 1 + tanh(u) is twice that. Of the two forms of the logistic function the
+// one that rounds less: for positive g what is taken away from 1, where 1 + e would drop the last bits of e.
 template <Function kFunction>
 EPMOE_INLINE float activate(float g) {
-  return g / (1.0f + exp_float(-logistic_argument<kFunction>(g)));
+  const float size = std::fabs(g);
+  const float finite = size < 110.0f ? size : 110.0f;  // beyond, exp is 0 anyway
+  float power;
+  if constexpr (kFunction == kSilu) {
+    power = exp_float(-finite);
+  } else {
+    // exp magnifies the error of its argument, so 2u is kept in two parts: p, and the little that p lacks.
+    const float inner = std::fma(0.044715f * finite * finite, finite, finite);
+    const float p = inner * kTwoAlpha;
+    const float lacking = std::fma(inner, kTwoAlphaRest, std::fma(inner, kTwoAlpha, -p));
+    power = exp_float(-p);
+    power = std::fma(power, -lacking, power);
+  }
+  const float away = power / (1.0f + power);
+  return g > 0.0f ? (away == 0.0f ? g : std::fma(-g, away, g)) : g * away;
 }
 
 #define EPMOE_ACTIVATION_LOOPS(Element, suffix)                                                                       \

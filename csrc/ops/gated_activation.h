@@ -10,6 +10,10 @@ namespace epmoe::gated_activation {
 enum Function { kSilu, kGelu };
 enum Numerics { kFp32, kTriton };
 
+// gelu's 2 * sqrt(2 / pi) as a float, and what the float lacks.
+constexpr float kTwoAlpha = 1.5957691f;
+constexpr float kTwoAlphaRest = static_cast<float>(1.5957691216057308 - static_cast<double>(kTwoAlpha));
+
 // The order of parameters of either op.
 enum Param {
   kGateupOutput,
