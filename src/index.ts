@@ -4,6 +4,13 @@ export { cpuThreads, deviceFacts, devices, setCpuThreads } from './device.js'
 export type { DType, TypedArray } from './dtype.js'
 export { EpmoeError, PythonError } from './errors.js'
 export * from './generated/ops.js'
+export {
+  type MoeActivation,
+  type MoeForwardArguments,
+  type MoeLayer,
+  type MoeLayerOptions,
+  moeLayer,
+} from './moe-layer.js'
 export type { DeviceFacts, OpInfo, OpParam } from './native.js'
 export { ops } from './ops.js'
 export { float, kw } from './python/encode.js'

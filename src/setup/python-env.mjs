@@ -3,7 +3,7 @@ import { findPython, minor, pythonVersion } from './find-python.mjs'
 import { embeddedPython } from './pymport.mjs'
 import { settings } from './settings.mjs'
 import { inRoot, install, Missing, probe, root } from './step.mjs'
-import { makeVenv, versionOf } from './venv.mjs'
+import { addToVenv, makeVenv, versionOf } from './venv.mjs'
 
 const needed = ['torch', 'triton', 'numpy']
 
@@ -60,4 +60,10 @@ function interpreterOf(version) {
       brew: `python@${version}`,
     }),
   )
+}
+
+/** What the tests compare with, in our own venv; an environment that EPMOE_PYTHON names may have it or not. */
+export async function prepareTests() {
+  if (settings.python !== undefined) return { remark: 'as EPMOE_PYTHON has it' }
+  return addToVenv({ folder: inRoot('.venv'), requirements: inRoot('python/requirements-test.txt') })
 }

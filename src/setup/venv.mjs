@@ -1,6 +1,6 @@
 // Makes virtual environments.
 import { existsSync } from 'node:fs'
-import { join } from 'node:path'
+import { basename, join } from 'node:path'
 import { fresh, hashOf, mark } from './stamp.mjs'
 import { install, probe, run } from './step.mjs'
 
@@ -20,11 +20,31 @@ export async function makeVenv({ folder, requirements, version, base }) {
   await run(interpreter, ['-m', 'venv', '--clear', folder], {
     remedy: install({ 'apt-get': `python${version}-venv`, dnf: `python${version}`, brew: `python@${version}` }),
   })
+  await pipInstall(python, requirements)
+  mark(stamp, value)
+  return { remark: `made with ${interpreter}`, python }
+}
+
+/**
+ * Adds to such a venv what another requirements file lists. Its stamp goes when the venv is made anew.
+ *
+ * @param {{ folder: string, requirements: string }} options
+ * @returns {Promise<{ remark: string }>}
+ */
+export async function addToVenv({ folder, requirements }) {
+  const stamp = join(folder, `.epmoe-stamp-${basename(requirements)}`)
+  const value = hashOf([requirements])
+  if (fresh(stamp, value)) return { remark: 'unchanged' }
+  await pipInstall(join(folder, 'bin', 'python'), requirements)
+  mark(stamp, value)
+  return { remark: `added ${basename(requirements)}` }
+}
+
+/** @param {string} python @param {string} requirements */
+async function pipInstall(python, requirements) {
   await run(python, ['-m', 'pip', 'install', '--disable-pip-version-check', '--retries', '1', '-r', requirements], {
     remedy: 'check that pip reaches its index, or name an environment that has it all: EPMOE_PYTHON=/path/to/python',
   })
-  mark(stamp, value)
-  return { remark: `made with ${interpreter}`, python }
 }
 
 /** `3.11` of a command that runs Python. @param {string} command */

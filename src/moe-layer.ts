@@ -1,0 +1,207 @@
+import { EpmoeError } from './errors.js'
+import { geluAndMul, postReorder, preprocess, preReorder, siluAndMul } from './generated/ops.js'
+import { Axes, oneOf, onlyKnown } from './moe/check.js'
+import { kw } from './python/encode.js'
+import type { PyRef } from './python/ref.js'
+import { startPython } from './python/start.js'
+
+/** Turns the first GEMM's rows [R, N] into the second's [R, I]: a torch function, or a JavaScript one that calls torch. */
+export type MoeActivation = 'silu' | 'gelu' | 'swigluoai' | PyRef | ((gateUp: PyRef) => PyRef)
+
+/** What a layer is made of. Tensors are torch's, of one dtype and on one device; they are kept, not copied. */
+export interface MoeLayerOptions {
+  /** Gate and up projection of the local experts, gate first. Shape [E, 2I, H]; any strides. */
+  w13: PyRef
+  /** Down projection of the local experts. Shape [E, H, I]; any strides. */
+  w2: PyRef
+  /** Shape [E, 2I]. */
+  w13Bias?: PyRef | undefined
+  /** Shape [E, H]. */
+  w2Bias?: PyRef | undefined
+  /** The model's id of the first local expert. Default 0. */
+  startExpertId?: number | undefined
+  /** Experts in the model, on all ranks. Default: those up to the last local one. */
+  numExperts?: number | undefined
+  /** `swigluoai` is gpt-oss's: gate and up interleaved in w13, clamped. Default `silu`. */
+  activation?: MoeActivation | undefined
+  /** Multiplies the experts' sum; the shared output and the residual stay as they are. Default 1. */
+  routedScalingFactor?: number | undefined
+  /** As the ops take it: `fp32` (default), or `triton` for the original kernels' roundings. */
+  numerics?: 'fp32' | 'triton' | undefined
+}
+
+/** One call's tensors, contiguous, of the weights' dtype unless said otherwise. */
+export interface MoeForwardArguments {
+  /** Shape [T, H]. */
+  hiddenStates: PyRef
+  /** The router's choice in the model's numbering, -1 for none. Shape [T, K]; int32 or int64. */
+  topkIds: PyRef
+  /** Shape [T, K]; float32 or the weights' dtype. */
+  topkWeights: PyRef
+  /** Added to the sum, e.g. the shared experts' output; on one rank only. Shape [T, H]. */
+  sharedOutput?: PyRef | undefined
+  /** Added last; on one rank only. Shape [T, H]. */
+  residual?: PyRef | undefined
+  /** Receives the result; allocated when absent. Shape [T, H]. */
+  output?: PyRef | undefined
+}
+
+/**
+ * The experts of a mixture-of-experts layer on one rank: router output in, layer output out. Inference only.
+ *
+ * The work is preprocess, preReorder, a grouped GEMM by torch, the activation, another GEMM, postReorder, all on torch's
+ * current stream and without waiting for it, so that on CUDA a bfloat16 layer can be captured in a graph
+ * (python/epmoe/moe.py says when a GEMM does have to wait). The ranks' outputs add up to the model's. Between calls
+ * nothing is kept but the weights and a table of expert ids.
+ */
+export function moeLayer(options: MoeLayerOptions): MoeLayer {
+  return new MoeLayer(options)
+}
+
+export class MoeLayer implements Disposable {
+  readonly #options: MoeLayerOptions
+  /** E, H, I and the first GEMM's width N, with the weights' dtype and device. */
+  readonly #axes: Axes
+  readonly #groupedGemm: PyRef
+  readonly #localIds: PyRef
+  /** Maps the model's ids to the rank's; absent when they are the same. */
+  readonly #table: PyRef | undefined
+  readonly #activation: PyRef | ((gateUp: PyRef) => PyRef) | undefined
+  readonly #int32: PyRef
+  readonly #int64: PyRef
+
+  /** Made by moeLayer(). */
+  constructor(options: MoeLayerOptions) {
+    onlyKnown(options, optionNames)
+    oneOf('activation', options.activation, ['silu', 'gelu', 'swigluoai'])
+    oneOf('numerics', options.numerics, ['fp32', 'triton'])
+    this.#options = options
+    this.#axes = weightAxes(options)
+    const python = startPython()
+    using module = python.import('epmoe.moe')
+    using torch = python.import('torch')
+    this.#groupedGemm = module.get('grouped_gemm')
+    this.#localIds = module.get('local_ids')
+    this.#int32 = torch.get('int32')
+    this.#int64 = torch.get('int64')
+    const { activation } = options
+    if (activation === 'swigluoai') this.#activation = module.get('swiglu_oai')
+    else if (typeof activation !== 'string') this.#activation = activation
+    const local = this.#axes.size('E')
+    const { start, total } = expertRange(options, local)
+    if (start > 0 || total > local) {
+      using device = options.w13.get('device')
+      this.#table = module.method('expert_table', start, local, total, device)
+    }
+  }
+
+  /** Returns output, or the tensor allocated for it. */
+  forward(args: MoeForwardArguments): PyRef {
+    onlyKnown(args, argumentNames)
+    const { hiddenStates, topkIds, topkWeights, sharedOutput, residual } = args
+    const axes = this.#checked(args)
+    const output = args.output ?? hiddenStates.method('new_empty', [axes.size('T'), axes.size('H')])
+    const slots = axes.size('T') * axes.size('K')
+    using ids = this.#table === undefined ? undefined : this.#localIds.call(topkIds, this.#table)
+    using src2dst = hiddenStates.method('new_empty', [slots], kw({ dtype: this.#int32 }))
+    using segIndptr = hiddenStates.method('new_empty', [axes.size('E') + 1], kw({ dtype: this.#int64 }))
+    using reorderTopkIds = (ids ?? topkIds).method('new_empty', [slots])
+    preprocess({ topkIds: ids ?? topkIds, src2dst, segIndptr, reorderTopkIds, negatives: 'dropped' })
+
+    // A slot of another rank has a negative src2dst: it has no row, and the rows behind the last segment stay as they are.
+    using gateupInput = hiddenStates.method('new_empty', [slots, axes.size('H')])
+    preReorder({ input: hiddenStates, gateupInput, src2dst })
+    const { w13, w13Bias, w2, w2Bias, routedScalingFactor, numerics } = this.#options
+    using gateupOutput = this.#groupedGemm.call(gateupInput, w13, segIndptr, w13Bias)
+    using downInput = this.#activate(gateupOutput, reorderTopkIds, slots)
+    using downOutput = this.#groupedGemm.call(downInput, w2, segIndptr, w2Bias)
+    postReorder({ downOutput, output, src2dst, topkWeights, sharedOutput, residual, routedScalingFactor, numerics })
+    return output
+  }
+
+  /** Lets go of what the layer made; the weights stay the caller's. */
+  dispose(): void {
+    for (const ref of [this.#groupedGemm, this.#localIds, this.#table, this.#int32, this.#int64]) ref?.dispose()
+    if (this.#options.activation === 'swigluoai') (this.#activation as PyRef).dispose()
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose()
+  }
+
+  #activate(gateupOutput: PyRef, reorderTopkIds: PyRef, slots: number): PyRef {
+    const activation = this.#activation
+    if (typeof activation === 'function') return activation(gateupOutput)
+    if (activation !== undefined) return activation.call(gateupOutput)
+    const downInput = gateupOutput.method('new_empty', [slots, this.#axes.size('I')])
+    const op = this.#options.activation === 'gelu' ? geluAndMul : siluAndMul
+    return op({ gateupOutput, downInput, reorderTopkIds, numerics: this.#options.numerics })
+  }
+
+  #checked(args: MoeForwardArguments): Axes {
+    const axes = this.#axes.copy()
+    axes.check('hiddenStates', args.hiddenStates, ['T', 'H'], { plain: true })
+    axes.check('topkIds', args.topkIds, ['T', 'K'], { dtypes: ['int32', 'int64'], plain: true })
+    axes.check('topkWeights', args.topkWeights, ['T', 'K'], { dtypes: ['float32', axes.dtype], plain: true })
+    for (const name of ['sharedOutput', 'residual', 'output'] as const) {
+      if (args[name] !== undefined) axes.check(name, args[name], ['T', 'H'], { plain: true })
+    }
+    return axes
+  }
+}
+
+function weightAxes(options: MoeLayerOptions): Axes {
+  const axes = new Axes('moeLayer')
+  axes.check('w13', options.w13, ['E', 'N', 'H'], { dtypes: ['float32', 'float16', 'bfloat16'] })
+  axes.check('w2', options.w2, ['E', 'H', 'I'])
+  if (options.w13Bias !== undefined) axes.check('w13Bias', options.w13Bias, ['E', 'N'])
+  if (options.w2Bias !== undefined) axes.check('w2Bias', options.w2Bias, ['E', 'H'])
+  const [width, half] = [axes.size('N'), axes.size('I')]
+  if (typeof (options.activation ?? 'silu') !== 'string' || width === 2 * half) return axes
+  throw new EpmoeError({
+    code: 'ERR_SHAPE',
+    op: 'moeLayer',
+    argument: 'w13',
+    expected: `[E, 2I, H] with 2I = ${2 * half}, for w2 has I = ${half}`,
+    received: `2I = ${width}`,
+    hint: 'w13 holds gate and up projection, one after the other',
+  })
+}
+
+/** Which of the model's experts are local. */
+function expertRange(options: MoeLayerOptions, local: number): { start: number; total: number } {
+  const start = options.startExpertId ?? 0
+  const total = options.numExperts ?? start + local
+  if (Number.isSafeInteger(start) && start >= 0 && Number.isSafeInteger(total) && start + local <= total) {
+    return { start, total }
+  }
+  throw new EpmoeError({
+    code: 'ERR_VALUE',
+    op: 'moeLayer',
+    argument: Number.isSafeInteger(start) && start >= 0 ? 'numExperts' : 'startExpertId',
+    expected: `${local} experts, which w13 holds, from startExpertId on within numExperts`,
+    received: `startExpertId ${start}, numExperts ${total}`,
+    hint: 'Both are counted in the model, not on the rank',
+  })
+}
+
+const optionNames = [
+  'w13',
+  'w2',
+  'w13Bias',
+  'w2Bias',
+  'startExpertId',
+  'numExperts',
+  'activation',
+  'routedScalingFactor',
+  'numerics',
+] satisfies (keyof MoeLayerOptions)[]
+
+const argumentNames = [
+  'hiddenStates',
+  'topkIds',
+  'topkWeights',
+  'sharedOutput',
+  'residual',
+  'output',
+] satisfies (keyof MoeForwardArguments)[]

@@ -1,0 +1,284 @@
+import { readFileSync } from 'node:fs'
+import { fileURLToPath } from 'node:url'
+import test from 'ava'
+import { type Device, kw, type PyRef, Stream } from 'epmoe'
+import { type MoeLayerOptions, moeLayer } from 'epmoe'
+import { gpu, testDevices } from './helpers/devices.js'
+import { evaluate, python, torch, valueOf } from './helpers/python.js'
+
+const file = fileURLToPath(new URL('helpers/moe_layer.py', import.meta.url))
+const reference = python.exec(readFileSync(file, 'utf8'), file)
+
+// Memory that torch hands out holds NaN, so that a row nobody has written cannot go unnoticed.
+torch.method('use_deterministic_algorithms', true, kw({ warn_only: true })).dispose()
+
+test('the memory that torch hands out is poisoned', (t) => {
+  for (const device of testDevices) t.true(valueOf('torch.empty(64, device=d).isnan().all().item()', { d: device }))
+})
+
+interface Case {
+  dtype: 'float32' | 'float16' | 'bfloat16'
+  device: Device
+  tokens: number
+  topk: number
+  hidden: number
+  half: number
+  experts: number
+  activation: 'silu' | 'gelu' | 'swigluoai' | 'square'
+  biases: boolean
+  ids: 'int32' | 'int64'
+  added: boolean
+  numerics: 'fp32' | 'triton'
+}
+
+const usual: Case = {
+  dtype: 'bfloat16',
+  device: 'cpu',
+  tokens: 48,
+  topk: 4,
+  hidden: 96,
+  half: 64,
+  experts: 8,
+  activation: 'silu',
+  biases: false,
+  ids: 'int64',
+  added: false,
+  numerics: 'fp32',
+}
+
+const factor = 1.5
+
+/** The tensors of a case, by the names in helpers/moe_layer.py. */
+function tensors(case_: Case): (name: string) => PyRef {
+  const { tokens, topk, hidden, half, experts, dtype, device, activation, ids } = case_
+  const width = activation === 'square' ? half : 2 * half
+  const made = reference.method('make', tokens, topk, hidden, half, experts, dtype, device, 1, width, ids)
+  return (name) => (name === '' ? made : made.item(name))
+}
+
+/** The layer on so many ranks, their outputs summed in float64. */
+function run(case_: Case, x: (name: string) => PyRef, ranks = 1): PyRef {
+  const local = case_.experts / ranks
+  const outputs = Array.from({ length: ranks }, (_, rank) => {
+    using layer = moeLayer(optionsOf(case_, x, rank * local, local))
+    const added = case_.added && rank === 0 ? { sharedOutput: x('shared'), residual: x('residual') } : {}
+    return layer.forward({ hiddenStates: x('hidden'), topkIds: x('ids'), topkWeights: x('weights'), ...added })
+  })
+  return evaluate('sum(x.double() for x in outputs)', { outputs })
+}
+
+function optionsOf(case_: Case, x: (name: string) => PyRef, start = 0, local = case_.experts): MoeLayerOptions {
+  const part = (name: string) => evaluate('x[a:b]', { x: x(name), a: start, b: start + local })
+  return {
+    w13: part('w13'),
+    w2: part('w2'),
+    ...(case_.biases && { w13Bias: part('w13_bias'), w2Bias: part('w2_bias') }),
+    startExpertId: start,
+    numExperts: case_.experts,
+    activation: case_.activation === 'square' ? (rows) => rows.method('square') : case_.activation,
+    routedScalingFactor: factor,
+    numerics: case_.numerics,
+  }
+}
+
+/** Our error and that of plain torch in the same dtype, both against plain torch in float64. */
+function errors(case_: Case, x: (name: string) => PyRef, output: PyRef): { ours: number; allowed: number } {
+  const { activation, biases, added } = case_
+  using exact = reference.method('plain', x(''), activation, biases, factor, added, 'float64')
+  using same = reference.method('plain', x(''), activation, biases, factor, added)
+  const error = (result: PyRef) => reference.method('error', result, exact).toJS() as number
+  // Two error norms over n elements are estimates, each uncertain by about 1/sqrt(2n).
+  return { ours: error(output), allowed: error(same) * (1 + 3 / Math.sqrt(case_.tokens * case_.hidden)) }
+}
+
+const cases: Partial<Case>[] = [
+  {},
+  { dtype: 'float32' },
+  { dtype: 'float16' },
+  { ids: 'int32' },
+  { added: true },
+  { biases: true },
+  { activation: 'gelu' },
+  { activation: 'gelu', dtype: 'float32', biases: true },
+  { activation: 'swigluoai', biases: true },
+  { activation: 'square' },
+  { topk: 1, added: true },
+  { topk: 8 },
+  { tokens: 1, hidden: 4096 },
+  { numerics: 'triton' },
+  // Rows of 136 bytes after the first GEMM: grouped_mm does it, but pads them on CUDA.
+  { hidden: 64, half: 34, biases: true },
+  // Rows of 100 bytes: too odd for grouped_mm, so a matmul an expert.
+  { hidden: 50, half: 33, tokens: 100, biases: true },
+]
+
+for (const device of testDevices) {
+  const base = { ...usual, device }
+  for (const variant of cases) {
+    const case_ = { ...base, ...variant }
+    const told = Object.entries(variant).map(([key, value]) => `${key} ${value}`)
+    test(`no worse than plain torch: ${told.join(', ') || 'bfloat16, silu'}, on ${device}, on 1, 2 and 8 ranks`, (t) => {
+      const x = tensors(case_)
+      for (const ranks of [1, 2, 8]) {
+        const { ours, allowed } = errors(case_, x, run(case_, x, ranks))
+        t.true(ours <= allowed, `${ranks} ranks: ${ours}, allowed ${allowed}`)
+      }
+    })
+  }
+
+  test(`numerics reach the ops on ${device}`, (t) => {
+    const x = tensors(base)
+    const [fp32, triton] = (['fp32', 'triton'] as const).map((numerics) => run({ ...base, numerics }, x))
+    t.false(valueOf('torch.equal(a, b)', { a: fp32, b: triton }))
+  })
+
+  test(`no tokens are no work on ${device}`, (t) => {
+    const case_ = { ...base, tokens: 0, biases: true, added: true }
+    for (const ranks of [1, 2]) t.deepEqual(valueOf('list(x.shape)', { x: run(case_, tensors(case_), ranks) }), [0, 96])
+  })
+
+  test(`experts without tokens, and tokens without experts, on ${device}`, (t) => {
+    const case_: Case = { ...base, biases: true }
+    const x = tensors(case_)
+    // Experts 2 and 5 alone are chosen; every third token has none, and some slots of the others are empty.
+    using ids = evaluate(
+      '(y := torch.full_like(x, -1), y[0::3, 0].fill_(5), y[1::3, 2].fill_(2), y[1::3, 3].fill_(5))[0]',
+      { x: x('ids') },
+    )
+    const made = x('')
+    made.setItem('ids', ids)
+    const { ours, allowed } = errors(case_, x, run(case_, x))
+    t.true(ours <= allowed, `${ours}, allowed ${allowed}`)
+    t.is(valueOf('x[2::3].abs().max().item()', { x: run(case_, x) }), 0)
+    // Rank 1 of 2 has expert 5, rank 0 has expert 2; of rank 3 of 4 nobody wants anything.
+    const idle = moeLayer(optionsOf(case_, x, 6, 2))
+    const call = { hiddenStates: x('hidden'), topkIds: x('ids'), topkWeights: x('weights') }
+    t.is(valueOf('x.abs().max().item()', { x: idle.forward(call) }), 0)
+    const added = { sharedOutput: x('shared'), residual: x('residual') }
+    const sum = evaluate('(s.float() + r.float()).to(s.dtype)', { s: x('shared'), r: x('residual') })
+    t.true(valueOf('torch.equal(a, b)', { a: idle.forward({ ...call, ...added }), b: sum }))
+  })
+
+  test(`a given output is written and returned; weights may be transposed views or parameters, on ${device}`, (t) => {
+    const x = tensors(base)
+    const call = { hiddenStates: x('hidden'), topkIds: x('ids'), topkWeights: x('weights') }
+    const options = optionsOf(base, x)
+    const expected = moeLayer(options).forward(call)
+    const output = evaluate('torch.full_like(x, float("nan"))', { x: x('hidden') })
+    t.is(moeLayer(options).forward({ ...call, output }), output)
+    t.true(valueOf('torch.equal(a, b)', { a: output, b: expected }))
+    const parameter = (ref: PyRef) =>
+      evaluate('torch.nn.Parameter(x.transpose(1, 2).contiguous()).transpose(1, 2)', { x: ref })
+    const views = { ...options, w13: parameter(options.w13), w2: parameter(options.w2) }
+    const { ours, allowed } = errors(base, x, moeLayer(views).forward(call))
+    t.true(ours <= allowed, `${ours}, allowed ${allowed}`)
+  })
+
+  test(`an id that the model does not have is reported on ${device}, on every rank`, (t) => {
+    const x = tensors(base)
+    for (const [start, local] of [
+      [0, 8],
+      [4, 4],
+    ] as const) {
+      const layer = moeLayer(optionsOf(base, x, start, local))
+      for (const wrong of [8, 2147483647, -2, -2147483648]) {
+        const topkIds = evaluate('(y := x.clone(), y[3, 1].fill_(w))[0]', { x: x('ids'), w: wrong })
+        const call = () => {
+          layer.forward({ hiddenStates: x('hidden'), topkIds, topkWeights: x('weights') }).dispose()
+          if (device !== 'cpu') Stream.torchCurrent(device).synchronizeSync()
+        }
+        t.throws(call, { code: 'ERR_INDEX_OUT_OF_RANGE' }, `${wrong} from ${start}`)
+      }
+    }
+  })
+}
+
+test('what is wrong with the weights is named', (t) => {
+  const x = tensors(usual)
+  const options = optionsOf(usual, x)
+  const wrong = (change: object, argument: string, code: string) =>
+    t.like(
+      t.throws(() => moeLayer({ ...options, ...change })),
+      { op: 'moeLayer', argument, code },
+    )
+  wrong({ w13: undefined }, 'w13', 'ERR_NOT_A_TENSOR')
+  wrong({ w13: evaluate('x[0]', { x: x('w13') }) }, 'w13', 'ERR_SHAPE')
+  wrong({ w13: evaluate('x.double()', { x: x('w13') }) }, 'w13', 'ERR_DTYPE')
+  wrong({ w13: evaluate('x[:, :100]', { x: x('w13') }) }, 'w13', 'ERR_SHAPE')
+  wrong({ w2: evaluate('x[:7]', { x: x('w2') }) }, 'w2', 'ERR_SHAPE')
+  wrong({ w2: evaluate('x.float()', { x: x('w2') }) }, 'w2', 'ERR_DTYPE')
+  wrong({ w2Bias: x('w13_bias') }, 'w2Bias', 'ERR_SHAPE')
+  wrong({ numExperts: 7 }, 'numExperts', 'ERR_VALUE')
+  wrong({ startExpertId: -1 }, 'startExpertId', 'ERR_VALUE')
+  wrong({ startExpertId: 1 }, 'numExperts', 'ERR_VALUE')
+  wrong({ bias: x('w2_bias') }, 'bias', 'ERR_UNEXPECTED_ARGUMENT')
+  wrong({ activation: 'relu' }, 'activation', 'ERR_VALUE')
+  wrong({ numerics: 'exact' }, 'numerics', 'ERR_VALUE')
+  t.throws(() => moeLayer(undefined as never), { code: 'ERR_MISSING_ARGUMENT' })
+})
+
+test('what is wrong with a call is named', (t) => {
+  const x = tensors(usual)
+  const layer = moeLayer(optionsOf(usual, x))
+  const call = { hiddenStates: x('hidden'), topkIds: x('ids'), topkWeights: x('weights') }
+  const wrong = (change: object, argument: string, code: string) =>
+    t.like(
+      t.throws(() => layer.forward({ ...call, ...change })),
+      { op: 'moeLayer', argument, code },
+    )
+  wrong({ hiddenStates: evaluate('x[:, :95]', { x: x('hidden') }) }, 'hiddenStates', 'ERR_SHAPE')
+  wrong({ hiddenStates: evaluate('x.float()', { x: x('hidden') }) }, 'hiddenStates', 'ERR_DTYPE')
+  wrong({ hiddenStates: evaluate('x.t().contiguous().t()', { x: x('hidden') }) }, 'hiddenStates', 'ERR_NOT_CONTIGUOUS')
+  wrong(
+    { hiddenStates: evaluate('x.clone().requires_grad_()', { x: x('hidden') }) },
+    'hiddenStates',
+    'ERR_UNSUPPORTED_TENSOR',
+  )
+  wrong({ topkIds: evaluate('x[1:]', { x: x('ids') }) }, 'topkIds', 'ERR_SHAPE')
+  wrong({ topkIds: evaluate('x.float()', { x: x('ids') }) }, 'topkIds', 'ERR_DTYPE')
+  wrong({ topkWeights: evaluate('x[:, 1:]', { x: x('weights') }) }, 'topkWeights', 'ERR_SHAPE')
+  wrong({ residual: evaluate('x[1:]', { x: x('residual') }) }, 'residual', 'ERR_SHAPE')
+  wrong({ output: 3 }, 'output', 'ERR_NOT_A_TENSOR')
+  wrong({ shared: x('shared') }, 'shared', 'ERR_UNEXPECTED_ARGUMENT')
+  if (gpu !== undefined) wrong({ topkIds: evaluate('x.cuda()', { x: x('ids') }) }, 'topkIds', 'ERR_DEVICE')
+})
+
+if (gpu !== undefined) {
+  const device = gpu
+  for (const [start, local] of [
+    [0, 8],
+    [4, 4],
+  ] as const) {
+    test(`a whole layer with experts from ${start} on is captured in a CUDA graph and replayed with other inputs`, (t) => {
+      const case_: Case = { ...usual, device, biases: true, added: true }
+      const x = tensors(case_)
+      const layer = moeLayer(optionsOf(case_, x, start, local))
+      const call = {
+        hiddenStates: x('hidden'),
+        topkIds: x('ids'),
+        topkWeights: x('weights'),
+        sharedOutput: x('shared'),
+        residual: x('residual'),
+      }
+      layer.forward(call).dispose() // loads kernels
+      torch.get('cuda').method('synchronize').dispose()
+      const graph = torch.get('cuda').method('CUDAGraph')
+      const capture = torch.get('cuda').method('graph', graph)
+      capture.method('__enter__').dispose()
+      const output = layer.forward(call)
+      capture.method('__exit__', null, null, null).dispose()
+      for (const seed of [1, 2, 3]) {
+        evaluate(
+          '(torch.manual_seed(seed), h.normal_(), w.uniform_(), i.copy_(torch.rand(48, 8, device=i.device).argsort(1)[:, :4]))',
+          { seed, h: x('hidden'), w: x('weights'), i: x('ids') },
+        ).dispose()
+        graph.method('replay').dispose()
+        t.true(valueOf('torch.equal(a, b)', { a: output, b: layer.forward(call) }), String(seed))
+        if (local === case_.experts) {
+          const { ours, allowed } = errors(case_, x, output)
+          t.true(ours <= allowed, `${ours}, allowed ${allowed}`)
+        }
+      }
+    })
+  }
+}
