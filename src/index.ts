@@ -14,6 +14,7 @@ export {
 export type { DeviceFacts, OpInfo, OpParam } from './native.js'
 export { ops } from './ops.js'
 export { float, kw } from './python/encode.js'
+export { type JobOptions, job } from './python/executor.js'
 export { Python } from './python/python.js'
 export { PyRef } from './python/ref.js'
 export { type StartOptions, startPython } from './python/start.js'

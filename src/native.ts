@@ -113,6 +113,12 @@ export interface Native {
     toObject(handle: number): void
     toCapsule(handle: number): void
   }
+  bell: {
+    /** Returns the address of a C function without arguments, by which any thread has `answer` called soon. */
+    open(answer: () => void): number
+    /** Whether the process stays alive for the next ring. */
+    hold(alive: boolean): void
+  }
   parity: {
     fillNormal(handle: number, seed: number, scale: number): void
     compare(actual: number, reference: number, oracle: number, scale: number): Metrics

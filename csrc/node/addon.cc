@@ -21,6 +21,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   export_streams(env, exports);
   export_python(env, exports);
   export_parity(env, exports);
+  export_bell(env, exports);
   return exports;
 }
 

@@ -31,8 +31,8 @@ def __dir__():
 
 def _sources():
     """The modules whose functions are offered here: one a kind, and in upstream one an op."""
-    from epmoe import _call, generated, upstream
+    from epmoe import _call, _executor, generated, upstream
 
-    yield from (_call, generated)
+    yield from (_call, _executor, generated)
     for module in pkgutil.iter_modules(upstream.__path__):
         yield importlib.import_module(f"epmoe.upstream.{module.name}")

@@ -32,13 +32,15 @@ class JavaScriptError(Exception):
 
 inbox = []
 _attached = []
+_jobs = None  # the executor, once Node has asked for it
 
 
 def call(operation, payload, objects):
     """Runs one operation; never raises. ``payload`` is the JSON of its arguments, which refer to ``objects``."""
     try:
         arguments = _decode(json.loads(payload), objects)
-        return Box("object", _OPERATIONS[operation](*arguments))
+        result = _OPERATIONS[operation](*arguments)
+        return result if isinstance(result, Box) else Box("object", result)
     except BaseException as error:
         return _failure(error)
 
@@ -207,6 +209,50 @@ def _current_stream(device_id):
     return torch.cuda.current_stream(device_id).cuda_stream
 
 
+def _executor():
+    from epmoe import _executor as module
+
+    return module
+
+
+def _start_executor(address):
+    global _jobs
+    _jobs = _executor().start(address, lambda value: Box("object", value), _failure)
+
+
+def _submit(number, operation, arguments, options):
+    function = _OPERATIONS[operation] if operation not in ("run", "async_next") else getattr(
+        _jobs, {"run": "run_awaitable", "async_next": "next_of"}[operation]
+    )
+    _jobs.submit(number, function, arguments, options)
+
+
+def _reload(module):
+    """``importlib.reload`` of a module and, first, of its loaded submodules."""
+    import sys
+
+    prefix = f"{module.__name__}."
+    for name in sorted((name for name in sys.modules if name.startswith(prefix)), key=lambda name: -name.count(".")):
+        importlib.reload(sys.modules[name])
+    return importlib.reload(module)
+
+
+def _exit_context(context, failure):
+    """Leaves a ``with`` block; ``failure`` is None or what JavaScript's block threw. Whether it was swallowed."""
+    if failure is None:
+        context.__exit__(None, None, None)
+        return False
+    error = JavaScriptError(failure, "")
+    return bool(context.__exit__(JavaScriptError, error, None))
+
+
+def _abandon(code):
+    """Ends the process where finalising the interpreter would crash or hang."""
+    import os
+
+    os._exit(code)
+
+
 _OPERATIONS = {
     "import": importlib.import_module,
     "eval": _evaluate,
@@ -228,6 +274,17 @@ _OPERATIONS = {
     "take": inbox.pop,
     "take_tensor": _torch_from_inbox,
     "current_stream": _current_stream,
+    "reload": _reload,
+    "enter": lambda context: context.__enter__(),
+    "exit_context": _exit_context,
+    "async_iter": lambda value: value.__aiter__() if hasattr(value, "__aiter__") else iter(value),
+    "start_executor": _start_executor,
+    "submit": _submit,
+    "cancel": lambda number: _jobs.cancel(number),
+    "events": lambda: _jobs.events(),
+    "collect": lambda number: _jobs.collect(number),
+    "shutdown": lambda seconds: _executor().shutdown(seconds),
+    "abandon": _abandon,
 }
 
 

@@ -2,6 +2,7 @@ import { EpmoeError } from '../errors.js'
 import { setBridge } from '../foreign.js'
 import { native } from '../native.js'
 import { Tensor } from '../tensor.js'
+import type { JobOptions } from './executor.js'
 import type { PyObject } from './pymport.js'
 import type { PyRef } from './ref.js'
 import type { Runtime } from './runtime.js'
@@ -42,8 +43,50 @@ export class Python {
    * Runs Python source as a module of its own and returns the module. Tracebacks show its lines, and Triton kernels may
    * be defined in it.
    */
-  exec(source: string, filename = `nodejs:///inline-${++inlineModules}.py`): PyRef {
+  exec(source: string, filename = inlineName()): PyRef {
     return this.#runtime.run('exec', source, filename)
+  }
+
+  /** The same on the executor thread: an import may take seconds, during which the event loop goes on. */
+  importAsync(name: string, options: JobOptions = {}): Promise<PyRef> {
+    return this.#runtime.executor.submit('import', [name], options)
+  }
+
+  evalAsync(expression: string, names: Record<string, unknown> = {}, options: JobOptions = {}): Promise<PyRef> {
+    return this.#runtime.executor.submit('eval', [expression, names], options)
+  }
+
+  execAsync(source: string, options: JobOptions & { filename?: string } = {}): Promise<PyRef> {
+    return this.#runtime.executor.submit('exec', [source, options.filename ?? inlineName()], options)
+  }
+
+  /** Awaits a coroutine, or another awaitable, in the event loop of the executor thread. */
+  run(awaitable: PyRef, options: JobOptions = {}): Promise<PyRef> {
+    return this.#runtime.executor.submit('run', [awaitable], options)
+  }
+
+  /** `importlib.reload(module)`, its loaded submodules first: for development. */
+  reload(module: PyRef): PyRef {
+    return this.#runtime.run('reload', module)
+  }
+
+  /** Asynchronous calls that wait or run. */
+  get pending(): number {
+    return this.#runtime.executor.pending
+  }
+
+  /** How many asynchronous calls may wait or run; further ones are refused with ERR_QUEUE_FULL. Default 1000. */
+  get queueLimit(): number {
+    return this.#runtime.executor.limit
+  }
+
+  set queueLimit(limit: number) {
+    this.#runtime.executor.limit = limit
+  }
+
+  /** Resolves when the queue has room for another asynchronous call. */
+  ready(): Promise<void> {
+    return this.#runtime.executor.ready()
   }
 
   #attach(): void {
@@ -87,3 +130,7 @@ function unwrapProxy(object: unknown): unknown {
 }
 
 let inlineModules = 0
+
+function inlineName(): string {
+  return `nodejs:///inline-${++inlineModules}.py`
+}

@@ -66,6 +66,21 @@ export class PyRef implements Disposable {
     }
   }
 
+  /** The same on Python's executor thread; the event loop goes on. The last arguments may be kw({ … }) and job({ … }). */
+  callAsync(...args: unknown[]): Promise<PyRef> {
+    return this.#runtime.applyAsync(this, args)
+  }
+
+  /** `object.name(*args)` on the executor thread. */
+  async methodAsync(name: string, ...args: unknown[]): Promise<PyRef> {
+    const bound = this.get(name)
+    try {
+      return await this.#runtime.applyAsync(bound, args)
+    } finally {
+      bound.dispose()
+    }
+  }
+
   /** `object[key]` */
   item(key: unknown): PyRef {
     return this.#runtime.run('item', this, key)
@@ -101,6 +116,38 @@ export class PyRef implements Disposable {
       if (step.length === 0) return
       yield step.item(0)
     }
+  }
+
+  /** The items of an asynchronous iterator, or of an ordinary one, each fetched on the executor thread. */
+  async *[Symbol.asyncIterator](): AsyncGenerator<PyRef> {
+    using iterator = this.#runtime.run('async_iter', this)
+    for (;;) {
+      using step = await this.#runtime.executor.submit('async_next', [iterator])
+      if (step.length === 0) return
+      yield step.item(0)
+    }
+  }
+
+  /**
+   * `with object as value: body(value)`. What `body` throws is told to the context manager as an exception, which may
+   * swallow it: the result is then undefined.
+   */
+  with<Result>(body: (value: PyRef) => Result): Result | undefined {
+    using value = this.#runtime.run('enter', this)
+    let result: Result
+    try {
+      result = body(value)
+    } catch (error) {
+      const swallowed = this.#runtime.value(
+        'exit_context',
+        this,
+        error instanceof Error ? error.message : String(error),
+      )
+      if (swallowed === true) return undefined
+      throw error
+    }
+    this.#runtime.run('exit_context', this, null).dispose()
+    return result
   }
 
   /** Lets go of the object at once. Harmless when repeated. */

@@ -1,5 +1,6 @@
 import { PythonError } from '../errors.js'
 import { decode, Encoder, KeywordArguments } from './encode.js'
+import { Executor, JobArgument } from './executor.js'
 import type { Pymport, PyObject } from './pymport.js'
 import { PyRef } from './ref.js'
 
@@ -15,6 +16,7 @@ export class Runtime {
   /** Errors thrown by JavaScript functions that Python called, until they come back. */
   readonly #thrown = new Map<string, unknown>()
   #lastToken = 0
+  readonly executor = new Executor(this)
 
   constructor(pymport: Pymport, bridge: PyObject) {
     this.#pymport = pymport
@@ -40,10 +42,18 @@ export class Runtime {
   }
 
   apply(callable: PyRef, args: unknown[]): PyRef {
+    return this.run('call', ...callOf(callable, args))
+  }
+
+  /** The same on the executor's thread. */
+  applyAsync(callable: PyRef, args: unknown[]): Promise<PyRef> {
     const last = args.at(-1)
-    const keywords = last instanceof KeywordArguments ? last.values : {}
-    const positional = last instanceof KeywordArguments ? args.slice(0, -1) : args
-    return this.run('call', callable, positional, keywords)
+    const options = last instanceof JobArgument ? last.options : {}
+    return this.executor.submit(
+      'call',
+      callOf(callable, last instanceof JobArgument ? args.slice(0, -1) : args),
+      options,
+    )
   }
 
   toJS(ref: PyRef): unknown {
@@ -95,4 +105,11 @@ export class Runtime {
       cause === undefined ? undefined : { cause },
     )
   }
+}
+
+/** A call's operands as the bridge takes them: callable, positional and keyword arguments. */
+function callOf(callable: PyRef, args: unknown[]): unknown[] {
+  const last = args.at(-1)
+  const keywords = last instanceof KeywordArguments ? last.values : {}
+  return [callable, last instanceof KeywordArguments ? args.slice(0, -1) : args, keywords]
 }

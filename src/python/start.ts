@@ -7,6 +7,7 @@ import { EpmoeError } from '../errors.js'
 import { nativeFolder } from '../native.js'
 import { packageRoot } from '../package-root.js'
 import { findPython, minor, pythonVersion } from '../setup/find-python.mjs'
+import { exitWith } from './exit.js'
 import type { Pymport } from './pymport.js'
 import { Python } from './python.js'
 import { Runtime } from './runtime.js'
@@ -54,7 +55,9 @@ function start(options: StartOptions): Python {
     .call(PyObject.int(0), PyObject.string(join(packageRoot, 'python')))
   const bridge = pymport.pymport('epmoe._bridge')
   const exact = bridge.get('prepare').call(PyObject.string(python)).toJS() as string
-  return new Python(new Runtime(pymport, bridge), exact, python)
+  const runtime = new Runtime(pymport, bridge)
+  exitWith(runtime)
+  return new Python(runtime, exact, python)
 }
 
 function choose(options: StartOptions): { python: string; version: string } {

@@ -1,0 +1,23 @@
+import { inspect } from 'node:util'
+import type { Runtime } from './runtime.js'
+
+/** How long exit waits for Python's threads. */
+const seconds = 2
+
+/**
+ * Python's part in the end of the process. Its atexit functions run and its output is flushed however Node ends, short
+ * of a signal; threads of the bridge are stopped. While some other Python thread is still at work, finalising the
+ * interpreter would crash or hang, so the process ends without.
+ */
+export function exitWith(runtime: Runtime): void {
+  let uncaught: { error: unknown } | undefined
+  process.on('uncaughtExceptionMonitor', (error) => {
+    uncaught = { error }
+  })
+  process.on('exit', (code) => {
+    if (runtime.value('shutdown', seconds) === true) return
+    // Node prints an uncaught error after this event, which is not coming back.
+    if (uncaught !== undefined) process.stderr.write(`Uncaught:\n${inspect(uncaught.error)}\n`)
+    runtime.run('abandon', Number(process.exitCode ?? code))
+  })
+}
