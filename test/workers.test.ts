@@ -1,0 +1,72 @@
+import { once } from 'node:events'
+import { existsSync } from 'node:fs'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { fileURLToPath } from 'node:url'
+import { Worker } from 'node:worker_threads'
+import test from 'ava'
+import { read, runPostReorder, validCall, validResult } from './helpers/call.js'
+import { valueOf } from './helpers/python.js'
+
+const file = new URL('./fixtures/worker.mjs', import.meta.url)
+// Workers run the compiled package, as a user's do: the loader of TypeScript sources does not reach into them.
+const compiled = existsSync(fileURLToPath(new URL('../dist/index.js', import.meta.url)))
+const inTurn = compiled ? test.serial : test.serial.skip
+
+function start(workerData: object): Worker {
+  return new Worker(file, { workerData, execArgv: [] })
+}
+
+/** The last message, once the worker has ended by itself. */
+async function resultOf(worker: Worker): Promise<unknown> {
+  let last: unknown
+  worker.on('message', (message) => {
+    last = message
+  })
+  const [code] = (await once(worker, 'exit')) as [number]
+  if (code !== 0) throw new Error(`worker ended with ${code}`)
+  return last
+}
+
+function mainIsWell(): boolean {
+  const call = validCall('cpu')
+  runPostReorder(call, 'cpu')
+  return JSON.stringify(read(call.output)) === JSON.stringify(validResult())
+}
+
+inTurn('kernels run in workers and in the main thread at the same time, each on its own tensors', async (t) => {
+  const workers = [1, 2, 3].map((seed) => start({ mode: 'kernels', calls: 300, seed }))
+  const results = Promise.all(workers.map(resultOf))
+  let running = true
+  results.finally(() => {
+    running = false
+  })
+  let calls = 0
+  while (running) {
+    for (let i = 0; i < 20; i++, calls++) t.true(mainIsWell())
+    await sleep(0)
+  }
+  t.deepEqual(
+    await results,
+    [1, 2, 3].map(() => ({ calls: 300, live: 0 })),
+  )
+  t.true(calls > 20)
+})
+
+inTurn('Python is refused in a worker, with the reason, and the main thread keeps it', async (t) => {
+  t.is(valueOf('1 + 1'), 2)
+  const result = (await resultOf(start({ mode: 'python' }))) as { code: string; message: string }
+  t.is(result.code, 'ERR_PYTHON_START')
+  t.regex(result.message, /main thread/)
+  t.is(valueOf('torch.ones(3).sum().item()'), 3)
+})
+
+inTurn('a worker that is terminated in the middle of calls harms nobody', async (t) => {
+  for (let round = 0; round < 15; round++) {
+    const worker = start({ mode: 'kernels', calls: 1e9, seed: round + 1 })
+    await once(worker, 'message')
+    await sleep(round % 5)
+    await worker.terminate()
+    t.true(mainIsWell())
+  }
+  t.is(valueOf('torch.ones(2).sum().item()'), 2)
+})
