@@ -133,7 +133,7 @@ void run_typed(const Problem &p) {
 
 void check_sizes(const Problem &p, int rows_param, int output_param, int topk_param) {
   const auto name = [&](int param) { return p.call->entry->op->params[param].name; };
-  if (p.topk < 1 && p.tokens > 0) {
+  if (p.topk < 1) {
     fail(EPMOE_ERR_SHAPE, name(topk_param), "a size K of 1 or more", "K = 0", "Pass at least one expert a token");
   }
   if (p.topk > INT32_MAX || p.hidden > INT32_MAX) {

@@ -192,6 +192,8 @@ void check_sizes(const Problem &p, int input_param, int output_param) {
   }
 }
 
-void run_cpu(const Problem &p) { Scatter(p).run(); }
+void run_cpu(const Problem &p) {
+  if (p.hidden > 0) Scatter(p).run();
+}
 
 }  // namespace epmoe::scatter_rows

@@ -25,7 +25,10 @@ gather_sum::Problem problem_of(const Call &call) {
   return p;
 }
 
-void validate(const Call &call) { gather_sum::check_sizes(problem_of(call), kInput, kOutput, kPermutation); }
+void validate(const Call &call) {
+  const gather_sum::Problem p = problem_of(call);
+  if (p.tokens > 0) gather_sum::check_sizes(p, kInput, kOutput, kPermutation);  // without tokens nothing says what K is
+}
 
 void run_cpu(const Call &call) { gather_sum::run_cpu(problem_of(call)); }
 
