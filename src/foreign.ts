@@ -86,3 +86,6 @@ function pymportClass(): Class | undefined {
   cachedClass = (module.exports as { PyObject: Class }).PyObject
   return cachedClass
 }
+
+/** Live PyRefs, and the bytes of the tensors they hold. Kept by the bridge, told by stats(). */
+export const pythonRefs = { refs: 0, bytes: 0 }

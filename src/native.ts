@@ -64,11 +64,6 @@ export interface Metrics {
   referenceRelL2: number
 }
 
-interface Count {
-  tensors: number
-  bytes: number
-}
-
 export interface Native {
   version: string
   abiVersion: number
@@ -87,7 +82,9 @@ export interface Native {
     dispose(handle: number, detach: boolean): boolean
     buffer(handle: number): { buffer: ArrayBuffer; byteOffset: number }
     copy(destination: number, source: number): number
-    count(): { cpu: Count; cuda: Count }
+    count(): { deviceType: number; deviceId: number; tensors: number; bytes: number }[]
+    /** Tells V8 of memory that is held by, but not part of, its heap. */
+    adjustExternal(bytes: number): void
   }
   stream: {
     create(deviceId: number): number

@@ -2,8 +2,9 @@ import { constants } from 'node:buffer'
 import { type Device, type DeviceLike, deviceName, dl, parseDevice } from './device.js'
 import { type DType, dtypeFacts, dtypeName, dtypeOfArray, type TypedArray } from './dtype.js'
 import { describeValue, EpmoeError } from './errors.js'
-import { pythonAddress, torchBridge } from './foreign.js'
+import { pythonAddress, pythonRefs, torchBridge } from './foreign.js'
 import { type NativeTensor, native } from './native.js'
+import { enterScope, leaveScope } from './scope.js'
 
 /** How torch and epmoe hand a tensor to each other: by torch's C exchange table, or by `__dlpack__` capsules. */
 export type Protocol = 'exchange' | 'dlpack'
@@ -63,6 +64,7 @@ export class Tensor implements Disposable {
     this.#foreign = facts.foreign
     this.#buffer = buffer
     registry.register(this, facts.handle, this)
+    enterScope(this)
   }
 
   /** Uninitialised memory. */
@@ -295,6 +297,7 @@ export class Tensor implements Disposable {
   dispose(): void {
     if (this.#handle < 0) return
     registry.unregister(this)
+    leaveScope(this)
     native().tensor.dispose(this.#handle, true)
     this.#handle = -1
   }
@@ -374,9 +377,27 @@ export function notATensor(op: string, argument: string, value: unknown): EpmoeE
   })
 }
 
-/** Live tensors and the bytes under them, by kind of device. */
-export function stats(): { cpu: { tensors: number; bytes: number }; cuda: { tensors: number; bytes: number } } {
-  return native().tensor.count()
+export interface Count {
+  tensors: number
+  bytes: number
+}
+
+/** What is alive: Tensors and the bytes under them, by kind of device and by device; and what PyRefs hold. */
+export function stats(): {
+  cpu: Count
+  cuda: Count
+  devices: Partial<Record<Device, Count>>
+  python: { refs: number; bytes: number }
+} {
+  const devices: Partial<Record<Device, Count>> = {}
+  const total = { cpu: { tensors: 0, bytes: 0 }, cuda: { tensors: 0, bytes: 0 } }
+  for (const { deviceType, deviceId, tensors, bytes } of native().tensor.count()) {
+    devices[deviceName(deviceType, deviceId)] = { tensors, bytes }
+    const kind = deviceType === dl.cuda ? total.cuda : total.cpu
+    kind.tensors += tensors
+    kind.bytes += bytes
+  }
+  return { ...total, devices, python: { ...pythonRefs } }
 }
 
 const registry = new FinalizationRegistry<number>((handle) => native().tensor.dispose(handle, false))

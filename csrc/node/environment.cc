@@ -94,17 +94,19 @@ void Environment::forget_stream(int32_t device_id, void *stream) {
   }
 }
 
-Environment::Count Environment::live(bool gpu) const {
-  Count count;
+std::map<std::pair<int32_t, int32_t>, Environment::Count> Environment::live() const {
+  std::map<std::pair<int32_t, int32_t>, Count> counts;
   std::set<const Storage *> storages;
   for (const Slot &slot : slots_) {
-    if (!slot.record || (slot.record->storage->device.device_type == kDLCUDA) != gpu) continue;
+    if (!slot.record) continue;
+    const Storage &storage = *slot.record->storage;
+    const bool gpu = storage.device.device_type == kDLCUDA;
+    Count &count = counts[gpu ? std::pair<int32_t, int32_t>{kDLCUDA, storage.device.device_id}
+                              : std::pair<int32_t, int32_t>{kDLCPU, 0}];
     ++count.tensors;
-    if (storages.insert(slot.record->storage.get()).second) {
-      count.bytes += static_cast<int64_t>(slot.record->storage->nbytes);
-    }
+    if (storages.insert(&storage).second) count.bytes += static_cast<int64_t>(storage.nbytes);
   }
-  return count;
+  return counts;
 }
 
 void Environment::drain() {
@@ -153,9 +155,14 @@ std::shared_ptr<Storage> Storage::allocate(Environment &environment, DLDevice de
   storage->device = device;
   storage->data = static_cast<char *>(data);
   storage->nbytes = nbytes;
-  const std::lock_guard<std::mutex> lock(environment.outbox->mutex);
-  environment.outbox->external_bytes += static_cast<int64_t>(nbytes);
+  storage->report(storage->nbytes);
   return storage;
+}
+
+void Storage::report(size_t bytes) {
+  const std::lock_guard<std::mutex> lock(outbox_->mutex);
+  reported_ += static_cast<int64_t>(bytes);
+  outbox_->external_bytes += static_cast<int64_t>(bytes);
 }
 
 std::shared_ptr<Storage> Storage::adopt(Environment &environment, DLManagedTensor *tensor) {
@@ -201,7 +208,7 @@ Storage::~Storage() {
   const std::lock_guard<std::mutex> lock(outbox_->mutex);
   if (outbox_->closed) return;
   if (buffer != nullptr) outbox_->references.push_back(buffer);
-  if (owner == Owner::kLibrary) outbox_->external_bytes -= static_cast<int64_t>(nbytes);
+  outbox_->external_bytes -= reported_;
 }
 
 }  // namespace epmoe::node

@@ -5,8 +5,10 @@
 
 #include <atomic>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "epmoe.h"
@@ -35,6 +37,8 @@ class Storage {
   static std::shared_ptr<Storage> adopt(Environment &environment, DLManagedTensorVersioned *tensor);
   static std::shared_ptr<Storage> borrow(Environment &environment, Napi::ArrayBuffer buffer);
   ~Storage();
+  // Has V8 know of the memory, so that it collects tensors before memory runs out; taken back at the end.
+  void report(size_t bytes);
   Storage(const Storage &) = delete;
   Storage &operator=(const Storage &) = delete;
 
@@ -49,6 +53,7 @@ class Storage {
   Storage(Environment &environment, Owner owner);
   std::shared_ptr<struct Outbox> outbox_;
   void *managed_ = nullptr;
+  int64_t reported_ = 0;
 };
 
 // Work that only the JavaScript thread may do, left there by whichever thread freed a storage.
@@ -105,7 +110,8 @@ class Environment {
   struct Count {
     int64_t tensors = 0, bytes = 0;
   };
-  Count live(bool gpu) const;
+  // By device, page-locked memory with the CPU's.
+  std::map<std::pair<int32_t, int32_t>, Count> live() const;
 
   Napi::Env env;
   Napi::FunctionReference error_maker;

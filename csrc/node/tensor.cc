@@ -138,20 +138,27 @@ Napi::Array dtypes(Napi::Env env) {
   return list;
 }
 
-// Live tensors, and the bytes of the distinct storages under them, by kind of device.
+// Live tensors, and the bytes of the distinct storages under them, by device.
 Napi::Value count(const Napi::CallbackInfo &info) {
   Napi::Env env = info.Env();
   Environment &environment = Environment::of(env);
   environment.drain();
-  Napi::Object result = Napi::Object::New(env);
-  for (const auto &[name, gpu] : {std::pair{"cpu", false}, std::pair{"cuda", true}}) {
-    const Environment::Count live = environment.live(gpu);
+  Napi::Array result = Napi::Array::New(env);
+  uint32_t i = 0;
+  for (const auto &[device, live] : environment.live()) {
     Napi::Object entry = Napi::Object::New(env);
+    entry["deviceType"] = Napi::Number::New(env, device.first);
+    entry["deviceId"] = Napi::Number::New(env, device.second);
     entry["tensors"] = Napi::Number::New(env, static_cast<double>(live.tensors));
     entry["bytes"] = Napi::Number::New(env, static_cast<double>(live.bytes));
-    result[name] = entry;
+    result[i++] = entry;
   }
   return result;
+}
+
+void adjust_external(const Napi::CallbackInfo &info) {
+  int64_t total = 0;
+  napi_adjust_external_memory(info.Env(), info[0].As<Napi::Number>().Int64Value(), &total);
 }
 
 }  // namespace
@@ -183,6 +190,7 @@ std::unique_ptr<TensorRecord> make_record(std::shared_ptr<Storage> storage, cons
   storage->device = tensor.device;
   storage->data = static_cast<char *>(tensor.data) + tensor.byte_offset;
   storage->nbytes = static_cast<size_t>(count_of(shape)) * tensor.dtype.bits * tensor.dtype.lanes / 8;
+  storage->report(storage->nbytes);
   char *data = storage->data;
   auto record = make_record(std::move(storage), data, tensor.dtype, std::move(shape), std::move(strides));
   record->foreign = true;
@@ -229,6 +237,7 @@ void export_tensors(Napi::Env env, Napi::Object exports) {
   tensor["dispose"] = Napi::Function::New(env, dispose);
   tensor["buffer"] = Napi::Function::New(env, buffer);
   tensor["copy"] = Napi::Function::New(env, copy);
+  tensor["adjustExternal"] = Napi::Function::New(env, adjust_external);
   tensor["count"] = Napi::Function::New(env, count);
   exports["tensor"] = tensor;
   exports["dtypes"] = dtypes(env);

@@ -7,19 +7,35 @@ layer miscounts references of the first, rounds the second and loses parts of th
 
 import importlib
 import json
+import sys
 import traceback
 
 
 class Box:
-    """What JavaScript holds: an object it may not touch directly, or the description of a failure."""
+    """What JavaScript holds: an object it may not touch directly, or the description of a failure.
 
-    __slots__ = ("address", "kind", "text", "value")
+    ``facts`` are the object's address and, of a tensor, its bytes, by which V8 knows what letting go of it would free.
+    """
+
+    __slots__ = ("facts", "kind", "text", "value")
 
     def __init__(self, kind, value=None, text=""):
         self.kind = kind
         self.value = value
-        self.address = str(id(value))
+        self.facts = f"{id(value)} {_bytes_of(value)}"
         self.text = text
+
+
+def _bytes_of(value):
+    torch = sys.modules.get("torch")
+    # While torch is being imported, it is there but has no Tensor yet.
+    tensor = getattr(torch, "Tensor", None)
+    if tensor is None or not isinstance(value, tensor):
+        return 0
+    try:
+        return value.nbytes
+    except Exception:  # sparse tensors, and others without memory of their own
+        return 0
 
 
 class JavaScriptError(Exception):
@@ -229,8 +245,6 @@ def _submit(number, operation, arguments, options):
 
 def _reload(module):
     """``importlib.reload`` of a module and, first, of its loaded submodules."""
-    import sys
-
     prefix = f"{module.__name__}."
     for name in sorted((name for name in sys.modules if name.startswith(prefix)), key=lambda name: -name.count(".")):
         importlib.reload(sys.modules[name])
@@ -303,7 +317,6 @@ def prepare(executable):
     """Settles what the embedding leaves wrong; called once, right after the interpreter has started."""
     import multiprocessing
     import os
-    import sys
 
     # A forked child would inherit Node's signal handlers and none of its threads.
     multiprocessing.set_start_method("spawn", force=True)

@@ -1,5 +1,7 @@
 import { EpmoeError } from '../errors.js'
-import { registerAddresser } from '../foreign.js'
+import { pythonRefs, registerAddresser } from '../foreign.js'
+import { native } from '../native.js'
+import { enterScope, leaveScope } from '../scope.js'
 import type { PyObject } from './pymport.js'
 import type { Runtime } from './runtime.js'
 
@@ -11,12 +13,18 @@ export class PyRef implements Disposable {
   #box: PyObject | undefined
   readonly #runtime: Runtime
   readonly #address: number
+  readonly #bytes: number
 
   /** Made by the bridge. */
   constructor(runtime: Runtime, box: PyObject) {
+    const [address, bytes] = runtime.field(box, 'facts').split(' ').map(Number) as [number, number]
     this.#runtime = runtime
     this.#box = box
-    this.#address = Number(runtime.field(box, 'address'))
+    this.#address = address
+    this.#bytes = bytes
+    count(1, bytes)
+    registry.register(this, bytes, this)
+    enterScope(this)
   }
 
   /** The boxed object's handle, for the bridge. */
@@ -152,13 +160,26 @@ export class PyRef implements Disposable {
 
   /** Lets go of the object at once. Harmless when repeated. */
   dispose(): void {
-    if (this.#box !== undefined) this.#runtime.clear(this.#box)
+    if (this.#box === undefined) return
+    this.#runtime.clear(this.#box)
     this.#box = undefined
+    registry.unregister(this)
+    count(-1, -this.#bytes)
+    leaveScope(this)
   }
 
   [Symbol.dispose](): void {
     this.dispose()
   }
 }
+
+/** Without bytes V8 would take a handle to gigabytes for a few words, and be in no hurry to collect it. */
+function count(refs: number, bytes: number): void {
+  pythonRefs.refs += refs
+  pythonRefs.bytes += bytes
+  if (bytes !== 0) native().tensor.adjustExternal(bytes)
+}
+
+const registry = new FinalizationRegistry<number>((bytes) => count(-1, -bytes))
 
 registerAddresser((value) => (value instanceof PyRef ? value.address : undefined))

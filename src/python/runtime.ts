@@ -62,7 +62,7 @@ export class Runtime {
   }
 
   /** A string attribute of a box. */
-  field(box: PyObject, name: 'kind' | 'text' | 'address'): string {
+  field(box: PyObject, name: 'kind' | 'text' | 'facts'): string {
     return box.get(name).toJS() as string
   }
 
