@@ -2,11 +2,12 @@ import { camelCase, describeValue, EpmoeError } from './errors.js'
 import { pythonAddress, torchBridge } from './foreign.js'
 import { native, type OpInfo } from './native.js'
 import type { PyRef } from './python/ref.js'
+import type { TorchTensor } from './python/torch.js'
 import { Stream } from './stream.js'
 import { notATensor, Tensor } from './tensor.js'
 
-/** What an op takes as a tensor: epmoe's own, a PyRef to a torch.Tensor, or a bare pymport PyObject of one. */
-export type TensorLike = Tensor | PyRef | { readonly id: unknown; readonly callable: boolean }
+/** What an op takes as a tensor: epmoe's own, a PyRef or proxy of a torch.Tensor, or a bare pymport PyObject of one. */
+export type TensorLike = Tensor | PyRef | TorchTensor | { readonly id: unknown; readonly callable: boolean }
 
 const none = 0
 const handle = 1

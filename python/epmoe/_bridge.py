@@ -119,8 +119,10 @@ def _fail(request, message, token):
 
 def _encode(value):
     """A value as JSON that JavaScript reads without loss; raises TypeError for what has no counterpart there."""
-    if value is None or isinstance(value, (bool, str)):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, str):
+        return str(value)
     if isinstance(value, int):
         return {"$": ["int", str(int(value))]} if abs(value) > 2**53 else int(value)
     if isinstance(value, float):
@@ -137,6 +139,16 @@ def _encode(value):
 
 def _to_json(value):
     return json.dumps(_encode(value))
+
+
+def _plain(value):
+    """``[value]`` for what JavaScript can hold without a handle; ``None`` for the rest."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return [value]
+    # Sizes and strides are tuples of numbers; a container of objects stays one.
+    if isinstance(value, (list, tuple)) and all(isinstance(item, (bool, int, float, str)) for item in value):
+        return [list(value)]
+    return None
 
 
 def _evaluate(expression, names):
@@ -273,6 +285,8 @@ _OPERATIONS = {
     "exec": _execute,
     "call": lambda function, args, kwargs: function(*args, **kwargs),
     "get": getattr,
+    "has": hasattr,
+    "plain": _plain,
     "set": setattr,
     "item": lambda value, key: value[key],
     "set_item": lambda value, key, item: value.__setitem__(key, item),

@@ -1,5 +1,6 @@
 import { describeValue, EpmoeError } from '../errors.js'
 import { Tensor } from '../tensor.js'
+import { refBehind } from './proxy.js'
 import type { PyObject } from './pymport.js'
 import { PyRef } from './ref.js'
 import type { Runtime } from './runtime.js'
@@ -49,8 +50,11 @@ export class Encoder {
         return encodeNumber(value)
       case 'bigint':
         return { $: ['int', value.toString()] }
-      case 'function':
+      case 'function': {
+        const behind = refBehind(value)
+        if (behind !== undefined) return this.#object('box', behind.box)
         return this.#object('function', this.runtime.callback(value as (...args: PyRef[]) => unknown))
+      }
       case 'object':
         return value === null ? null : this.#objectNode(value)
       default:

@@ -3,9 +3,11 @@ import { setBridge } from '../foreign.js'
 import { native } from '../native.js'
 import { Tensor } from '../tensor.js'
 import type { JobOptions } from './executor.js'
+import { proxyOf } from './proxy.js'
 import type { PyObject } from './pymport.js'
 import type { PyRef } from './ref.js'
 import type { Runtime } from './runtime.js'
+import type { Torch } from './torch.js'
 
 /** The Python interpreter inside this process. One for all; made by startPython(). */
 export class Python {
@@ -32,6 +34,11 @@ export class Python {
   /** `importlib.import_module(name)` */
   import(name: string): PyRef {
     return this.#runtime.run('import', name)
+  }
+
+  /** The module torch, typed: `python.torch().randn(2, 3).sum().item()`. */
+  torch(): Torch {
+    return proxyOf<Torch>(this.import('torch'))
   }
 
   /** The value of a Python expression, with `names` as its variables. */

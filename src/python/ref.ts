@@ -2,6 +2,7 @@ import { EpmoeError } from '../errors.js'
 import { pythonRefs, registerAddresser } from '../foreign.js'
 import { native } from '../native.js'
 import { enterScope, leaveScope } from '../scope.js'
+import { proxyOf } from './proxy.js'
 import type { PyObject } from './pymport.js'
 import type { Runtime } from './runtime.js'
 
@@ -52,6 +53,25 @@ export class PyRef implements Disposable {
   /** `object.name` */
   get(name: string): PyRef {
     return this.#runtime.run('get', this, name)
+  }
+
+  /** `hasattr(object, name)` */
+  has(name: string): boolean {
+    return this.#runtime.value('has', this, name) as boolean
+  }
+
+  /**
+   * The object as an ordinary value: attributes as properties, calls as calls. `Shape` says what is known of it, and
+   * what an editor completes: `module.proxy<{ add(a: number, b: number): number }>().add(1, 2)`.
+   */
+  proxy<Shape extends object = Record<string, unknown>>(): Shape {
+    return proxyOf<Shape>(this)
+  }
+
+  /** @internal The value of numbers, strings, booleans, None and lists or tuples of them; undefined for the rest. */
+  plain(): { value: unknown } | undefined {
+    const value = this.#runtime.value('plain', this) as [unknown] | null
+    return value === null ? undefined : { value: value[0] }
   }
 
   /** `object.name = value` */
