@@ -97,6 +97,9 @@ export interface Native {
   device: {
     cudaCompiled: boolean
     cudaCount(): number
+    /** Why there are no devices, in CUDA's words; empty when there are, or when this build has no CUDA. */
+    cudaProblem(): string
+    peerAccess(deviceId: number, peerId: number): boolean
     facts(deviceId: number): DeviceFacts
     setCpuThreads(count: number): void
     cpuThreads(): number

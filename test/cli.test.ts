@@ -1,5 +1,5 @@
 import { spawnSync } from 'node:child_process'
-import { mkdtempSync, readdirSync, readFileSync, rmSync, symlinkSync } from 'node:fs'
+import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -114,6 +114,17 @@ test('doctor: without an interpreter the kernels still work', (t) => {
   t.is(stateOf('bridge'), 'fail')
   t.true(works('kernels on the CPU, from TypeScript'))
   t.false(works('epmoe parity on the CPU'))
+})
+
+test('doctor: an environment whose interpreter is gone is told from one that never was', (t) => {
+  const folder = emptyFolder(t)
+  mkdirSync(join(folder, 'bin'))
+  writeFileSync(join(folder, 'pyvenv.cfg'), 'home = /gone/with/the/upgrade/bin\n')
+  symlinkSync('/gone/with/the/upgrade/bin/python3', join(folder, 'bin/python'))
+  const { stdout } = epmoe(['doctor', '--json'], { EPMOE_PYTHON: join(folder, 'bin/python') })
+  const stale = (JSON.parse(stdout) as Report).findings.find(({ name }) => name === 'interpreter')
+  t.regex(stale?.value ?? '', /made from \/gone\/with\/the\/upgrade\/bin, which is gone/)
+  t.regex(stale?.remedy ?? '', /^rm -r /)
 })
 
 test('doctor: tools that are only needed for building may be absent', (t) => {

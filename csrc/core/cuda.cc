@@ -185,6 +185,14 @@ extern "C" epmoe_status epmoe_device_query(int32_t device_id, epmoe_device_facts
   });
 }
 
+extern "C" epmoe_status epmoe_peer_access(int32_t device_id, int32_t peer_id, int32_t *out) {
+  return guarded([&] {
+    int access = 0;
+    expect_success(cudaDeviceCanAccessPeer(&access, device_id, peer_id), "asking for peer access");
+    *out = access;
+  });
+}
+
 extern "C" epmoe_status epmoe_stream_create(int32_t device_id, void **out) {
   return guarded([&] {
     epmoe::cuda::device(device_id);

@@ -30,6 +30,7 @@ using epmoe::cuda::answer_absent;
 extern "C" int32_t epmoe_cuda_compiled(void) { return 0; }
 extern "C" int32_t epmoe_cuda_device_count(void) { return 0; }
 extern "C" epmoe_status epmoe_device_query(int32_t, epmoe_device_facts *) { return answer_absent(); }
+extern "C" epmoe_status epmoe_peer_access(int32_t, int32_t, int32_t *) { return answer_absent(); }
 extern "C" epmoe_status epmoe_stream_create(int32_t, void **) { return answer_absent(); }
 extern "C" epmoe_status epmoe_stream_destroy(int32_t, void *) { return answer_absent(); }
 extern "C" epmoe_status epmoe_stream_own(int32_t, void **) { return answer_absent(); }

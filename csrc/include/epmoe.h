@@ -191,6 +191,9 @@ typedef struct epmoe_device_facts {
 } epmoe_device_facts;
 EPMOE_API epmoe_status epmoe_device_query(int32_t device_id, epmoe_device_facts *out);
 
+/* Whether kernels on `device_id` may read and write memory of `peer_id` directly: 1 or 0 in `*out`. */
+EPMOE_API epmoe_status epmoe_peer_access(int32_t device_id, int32_t peer_id, int32_t *out);
+
 EPMOE_API epmoe_status epmoe_stream_create(int32_t device_id, void **out);
 EPMOE_API epmoe_status epmoe_stream_destroy(int32_t device_id, void *stream);
 /* The library's own stream of that device (made on first use, never destroyed). */

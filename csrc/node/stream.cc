@@ -104,6 +104,18 @@ void export_streams(Napi::Env env, Napi::Object exports) {
   device["cudaCount"] = Napi::Function::New(env, [](const Napi::CallbackInfo &info) -> Napi::Value {
     return Napi::Number::New(info.Env(), epmoe_cuda_device_count());
   });
+  // Why there are no devices; empty when there are, or when this build could not have any.
+  device["cudaProblem"] = Napi::Function::New(env, [](const Napi::CallbackInfo &info) -> Napi::Value {
+    const bool none = epmoe_cuda_compiled() != 0 && epmoe_cuda_device_count() == 0;
+    return Napi::String::New(info.Env(), none ? epmoe_last_error()->received : "");
+  });
+  device["peerAccess"] = Napi::Function::New(env, [](const Napi::CallbackInfo &info) -> Napi::Value {
+    int32_t access = 0;
+    Environment::of(info.Env())
+        .require(epmoe_peer_access(info[0].As<Napi::Number>().Int32Value(), info[1].As<Napi::Number>().Int32Value(),
+                                   &access));
+    return Napi::Boolean::New(info.Env(), access != 0);
+  });
   device["facts"] = Napi::Function::New(env, facts);
   device["setCpuThreads"] = Napi::Function::New(
       env, [](const Napi::CallbackInfo &info) { epmoe_set_cpu_threads(info[0].As<Napi::Number>().Int32Value()); });

@@ -10,6 +10,10 @@ export interface NativeFacts {
   ops: string[]
   cudaCompiled: boolean
   gpus: DeviceFacts[]
+  /** Why CUDA finds no GPU, in its own words. */
+  cudaProblem: string
+  /** Pairs of GPUs of which the first cannot reach the second's memory. */
+  withoutPeerAccess: [number, number][]
 }
 
 /** The addon and libepmoe, the driver and the GPUs. */
@@ -21,7 +25,13 @@ export async function examineNative(): Promise<{ findings: Finding[]; facts: Nat
   const facts = probe.facts as NativeFacts | undefined
   const gpus = smi.stdout.trim() === '' ? [] : smi.stdout.trim().split('\n')
   return {
-    findings: [driver(smi.stdout), gpuFinding(gpus, facts), addon(facts, probe.problem, gpus.length), library(facts)],
+    findings: [
+      driver(smi.stdout),
+      gpuFinding(gpus, facts),
+      ...peers(facts),
+      addon(facts, probe.problem, gpus.length),
+      library(facts),
+    ],
     facts,
     gpus: gpus.length,
   }
@@ -41,9 +51,29 @@ function gpuFinding(listed: string[], facts: NativeFacts | undefined): Finding {
   }
   if (listed.length === 0) return absent('GPUs', 'none', 'kernels run on the CPU; CUDA needs an NVIDIA GPU')
   if (facts?.cudaCompiled === true) {
-    return warn('GPUs', `${listed.join('; ')}: not usable by epmoe`, 'check CUDA_VISIBLE_DEVICES and the driver')
+    const why = facts.cudaProblem === '' ? '' : `: ${facts.cudaProblem}`
+    const old = /InsufficientDriver/.test(facts.cudaProblem)
+    const remedy = old
+      ? 'update the driver: it is older than the CUDA toolkit that epmoe was built with; or build with an older toolkit'
+      : 'check CUDA_VISIBLE_DEVICES and the driver'
+    return warn('GPUs', `${listed.join('; ')}: not usable by epmoe${why}`, remedy)
   }
   return warn('GPUs', `${listed.join('; ')}: out of reach, the library has no CUDA`, rebuildAddon)
+}
+
+/** Ranks of one host hand tensors to each other over NVLink or PCIe where they can, and through the host where not. */
+function peers(facts: NativeFacts | undefined): Finding[] {
+  if (facts === undefined || facts.gpus.length < 2) return []
+  const without = facts.withoutPeerAccess
+  if (without.length === 0) return [ok('peer access', 'between all GPUs')]
+  const pairs = without.map(([a, b]) => `${a} to ${b}`).join(', ')
+  return [
+    warn(
+      'peer access',
+      `none from GPU ${pairs}`,
+      'see `nvidia-smi topo -p2p r`; in a virtual machine, pass ACS through',
+    ),
+  ]
 }
 
 function addon(facts: NativeFacts | undefined, problem: string, gpus: number): Finding {

@@ -13,5 +13,12 @@ const facts: NativeFacts = {
   gpus: devices()
     .filter((name) => name !== 'cpu')
     .map((name) => deviceFacts(name)),
+  cudaProblem: device.cudaProblem(),
+  withoutPeerAccess: pairs(devices().length - 1).filter(([a, b]) => !device.peerAccess(a, b)),
 }
 console.log(marker + JSON.stringify(facts))
+
+function pairs(count: number): [number, number][] {
+  const all = Array.from({ length: count }, (_, i) => i)
+  return all.flatMap((a) => all.filter((b) => b !== a).map((b): [number, number] => [a, b]))
+}

@@ -1,4 +1,5 @@
-import { join } from 'node:path'
+import { existsSync, readdirSync, readFileSync } from 'node:fs'
+import { dirname, join } from 'node:path'
 import { env } from '../env.js'
 import { packageRoot } from '../package-root.js'
 import { findPython, minor, pythonVersion } from '../setup/find-python.mjs'
@@ -67,7 +68,16 @@ function examinePymport(): Finding {
 function examineInterpreter({ python, source }: { python: string; source: string }): Finding {
   const version = pythonVersion(python)
   const where = `${python} (from ${source})`
-  if (version === undefined) return fail('interpreter', `${where} does not run`, 'EPMOE_PYTHON=/path/to/python')
+  if (version === undefined) {
+    const base = staleBase(python)
+    return base === undefined
+      ? fail('interpreter', `${where} does not run`, 'EPMOE_PYTHON=/path/to/python')
+      : fail(
+          'interpreter',
+          `${where} does not run: the environment was made from ${base}, which is gone`,
+          `rm -r ${dirname(dirname(python))}, then ${inCheckout ? 'npm run setup' : 'make the environment again'}`,
+        )
+  }
   const embedded = embeddedPython()
   if (embedded === undefined || minor(version) === embedded) return ok('interpreter', `${version}, ${where}`)
   return fail(
@@ -75,6 +85,16 @@ function examineInterpreter({ python, source }: { python: string; source: string
     `${version}, ${where}, but pymport is built with libpython ${embedded}`,
     `EPMOE_PYTHON=/path/to/python${embedded}, or ${rebuildPymport} with that interpreter's pkg-config first`,
   )
+}
+
+/** The folder of the interpreter that a virtual environment was made from, when that interpreter is there no more. */
+function staleBase(python: string): string | undefined {
+  const configuration = join(dirname(dirname(python)), 'pyvenv.cfg')
+  if (!existsSync(configuration)) return undefined
+  const home = /^home\s*=\s*(.+)$/m.exec(readFileSync(configuration, 'utf8'))?.[1]?.trim()
+  if (home === undefined) return undefined
+  const there = existsSync(home) && readdirSync(home).some((name) => /^python3(\.\d+)?$/.test(name))
+  return there ? undefined : home
 }
 
 /** Python's ssl runs on Node's OpenSSL once both are in one process. */
