@@ -1,7 +1,9 @@
-// npm run bench -- host | kernels: what a call costs on the host, and what the kernels reach on the GPU.
-const suites: Record<string, () => Promise<{ default: () => void }>> = {
+// npm run bench -- host | kernels | soak: what a call costs on the host, what the kernels reach on the GPU, and whether
+// memory stays flat under hours of mixed calls.
+const suites: Record<string, () => Promise<{ default: () => void | Promise<void> }>> = {
   host: () => import('./host.js'),
   kernels: () => import('./kernels.js'),
+  soak: () => import('./soak.js'),
 }
 
 const suite = suites[process.argv[2] ?? '']
@@ -9,5 +11,5 @@ if (suite === undefined) {
   console.error(`usage: npm run bench -- ${Object.keys(suites).join(' | ')}`)
   process.exitCode = 2
 } else {
-  ;(await suite()).default()
+  await (await suite()).default()
 }

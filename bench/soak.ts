@@ -1,0 +1,221 @@
+// npm run bench -- soak [minutes]: the bridge under mixed load for as long as asked, and whether memory stays flat.
+import { setImmediate as turn } from 'node:timers/promises'
+import { fileURLToPath } from 'node:url'
+import { Worker } from 'node:worker_threads'
+import {
+  devices,
+  EpmoeError,
+  job,
+  kw,
+  moeLayer,
+  type PyRef,
+  postReorder,
+  preprocess,
+  preReorder,
+  scope,
+  siluAndMul,
+  startPython,
+  stats,
+  Tensor,
+} from 'epmoe'
+
+interface Sample {
+  seconds: number
+  calls: number
+  /** MB. */
+  rss: number
+  cuda: number
+}
+
+const worker = fileURLToPath(new URL('../test/fixtures/worker.mjs', import.meta.url))
+
+export default async function soak(): Promise<void> {
+  const minutes = Number(process.argv[3] ?? 10)
+  const device = devices().find((each) => each !== 'cpu') ?? 'cpu'
+  const python = startPython()
+  const torch = python.import('torch')
+  const load = new Load(python, torch, device)
+  const samples: Sample[] = []
+  const begin = performance.now()
+  const gap = new Gap()
+  let terminated = 0
+  for (let seconds = 0; seconds < minutes * 60; seconds = (performance.now() - begin) / 1000) {
+    const until = performance.now() + 2000
+    while (performance.now() < until) {
+      scope(() => load.mixed())
+      if (load.calls % 20 === 0) await turn()
+    }
+    await scope(() => load.asynchronous())
+    if (samples.length % 5 === 0) {
+      await terminateWorker()
+      terminated++
+    }
+    const cuda = device === 'cpu' ? 0 : Number(torch.get('cuda').method('memory_allocated').toJS())
+    samples.push({ seconds, calls: load.calls, rss: process.memoryUsage.rss() / 1e6, cuda: cuda / 1e6 })
+    process.stderr.write(
+      `\r${seconds.toFixed(0).padStart(5)} s  ${load.calls} calls  RSS ${samples.at(-1)?.rss.toFixed(0)} MB `,
+    )
+  }
+  process.stderr.write('\n')
+  gap.end()
+  // The same again with nothing but Python code on the executor: what a server's timers would see.
+  const busy = new Gap()
+  await scope(() => load.busy(5))
+  busy.end()
+  load.end()
+  report(samples, load, terminated, device)
+  console.log(`event loop beside a busy Python thread: median gap ${busy.text()}; under the whole load ${gap.text()}`)
+}
+
+class Load {
+  calls = 0
+  errors = 0
+  jobs = 0
+  cancelled = 0
+  readonly #python: ReturnType<typeof startPython>
+  readonly #device: string
+  readonly #work: PyRef
+  readonly #layer: ReturnType<typeof moeLayer>
+  readonly #weights: PyRef[]
+
+  constructor(python: ReturnType<typeof startPython>, torch: PyRef, device: string) {
+    this.#python = python
+    this.#device = device
+    this.#work = python.exec(`
+import torch, epmoe
+def spin(n): return sum(i * i for i in range(n))
+def fails(): raise ValueError("on purpose")
+def product(x): return (x @ x.T).sum().item()
+`)
+    const dtype = torch.get('bfloat16')
+    this.#weights = [
+      torch.method('randn', 8, 64, 32, kw({ device, dtype })),
+      torch.method('randn', 8, 32, 32, kw({ device, dtype })),
+    ]
+    this.#layer = moeLayer({ w13: this.#weights[0]!, w2: this.#weights[1]! })
+    this.#torch = torch
+  }
+  readonly #torch: PyRef
+
+  /** A few dozen calls of every kind that is synchronous: ops, exchanges both ways, conversions, errors. */
+  mixed(): void {
+    const [T, K, H, E] = [1 + (this.calls % 13), 4, 32, 8]
+    const device = this.#device as 'cpu'
+    const options = kw({ device, dtype: this.#torch.get('bfloat16') })
+    const x = this.#torch.method('randn', T, H, options)
+    const topkIds = this.#torch.method('randint', 0, E, [T, K], kw({ device }))
+    const topkWeights = this.#torch.method('rand', T, K, kw({ device }))
+    const out = this.#layer.forward({ hiddenStates: x, topkIds, topkWeights })
+    const ids = Tensor.fromTorch(topkIds)
+    const src2dst = Tensor.empty([T * K], { dtype: 'int32', device })
+    const segIndptr = Tensor.empty([E + 1], { dtype: 'int64', device })
+    const rows = Tensor.empty([T * K, H], { dtype: 'bfloat16', device })
+    const half = Tensor.empty([T * K, H / 2], { dtype: 'bfloat16', device })
+    const sum = Tensor.empty([T, H], { dtype: 'bfloat16', device })
+    for (let round = 0; round < 20; round++) {
+      preprocess({ topkIds: ids, src2dst, segIndptr })
+      preReorder({ input: x, gateupInput: rows, src2dst, topkIds: ids })
+      siluAndMul({ gateupOutput: rows, downInput: half })
+      postReorder({ downOutput: rows, output: sum, src2dst, topkIds: ids, topkWeights })
+    }
+    const back = sum.toTorch() as PyRef
+    const same = this.#python.eval('(a.float() - b.float()).abs().sum().isfinite().item()', { a: back, b: out })
+    if (same.toJS() !== true) throw new Error('a result that is not finite')
+    this.#mistake(() => postReorder({ downOutput: rows, output: rows, src2dst, topkIds: ids, topkWeights }))
+    this.#mistake(() => this.#work.method('fails'))
+    this.#mistake(() => x.method('view', 3, 5, 7, 11))
+    this.calls += 80 + 12
+  }
+
+  #mistake(call: () => unknown): void {
+    try {
+      call()
+    } catch (error) {
+      if (!(error instanceof EpmoeError)) throw error
+      this.errors++
+      return
+    }
+    throw new Error('a mistake went through')
+  }
+
+  /** Jobs that end well, fail, and are given up. */
+  async asynchronous(): Promise<void> {
+    const all: Promise<unknown>[] = []
+    for (let i = 0; i < 30; i++) {
+      all.push(this.#work.methodAsync('product', Tensor.zeros([64, 64])))
+      all.push(this.#work.methodAsync('fails').catch((error: unknown) => error))
+      all.push(
+        this.#work
+          .methodAsync('spin', 10_000_000, job({ signal: AbortSignal.timeout(1) }))
+          .catch(() => void this.cancelled++),
+      )
+    }
+    await Promise.all(all)
+    this.jobs += all.length
+    this.calls += all.length
+  }
+
+  /** Python code without a pause for so many seconds. */
+  async busy(seconds: number): Promise<void> {
+    const until = performance.now() + seconds * 1000
+    while (performance.now() < until) await this.#work.methodAsync('spin', 2_000_000)
+  }
+
+  end(): void {
+    this.#layer.dispose()
+    for (const weight of this.#weights) weight.dispose()
+  }
+}
+
+/** A worker that is ended in the middle of its calls. */
+async function terminateWorker(): Promise<void> {
+  const each = new Worker(worker, { workerData: { mode: 'kernels', calls: 1e9, seed: 1 }, execArgv: [] })
+  await new Promise((resolve, reject) => each.once('message', resolve).once('error', reject))
+  await each.terminate()
+}
+
+/** How long the event loop was ever kept from a timer. */
+class Gap {
+  readonly gaps: number[] = []
+  #last = performance.now()
+  readonly #timer = setInterval(() => {
+    const now = performance.now()
+    this.gaps.push(now - this.#last)
+    this.#last = now
+  }, 5)
+
+  end(): void {
+    clearInterval(this.#timer)
+    this.gaps.sort((a, b) => a - b)
+  }
+
+  /** The timer is one of 5 ms. */
+  text(): string {
+    return `${this.gaps[this.gaps.length >> 1]?.toFixed(1)} ms, largest ${this.gaps.at(-1)?.toFixed(1)} ms`
+  }
+}
+
+function report(samples: Sample[], load: Load, terminated: number, device: string): void {
+  const warm = samples.slice(Math.floor(samples.length / 5))
+  const slope = (key: 'rss' | 'cuda') => (60 * covariance(warm, key)) / covariance(warm, 'seconds')
+  const last = samples.at(-1)!
+  const live = stats()
+  console.log(
+    `${load.calls} calls on ${device} in ${last.seconds.toFixed(0)} s: ${load.errors} mistakes caught, ${load.jobs} jobs of which ${load.cancelled} were given up, ${terminated} workers terminated`,
+  )
+  console.log(
+    `RSS ${warm[0]?.rss.toFixed(0)} MB after warm-up, ${last.rss.toFixed(0)} MB at the end, slope ${slope('rss').toFixed(2)} MB a minute`,
+  )
+  if (device !== 'cpu') {
+    console.log(
+      `CUDA ${warm[0]?.cuda.toFixed(1)} MB after warm-up, ${last.cuda.toFixed(1)} MB at the end, slope ${slope('cuda').toFixed(3)} MB a minute`,
+    )
+  }
+  console.log(`live at the end: ${JSON.stringify(live)}`)
+}
+
+function covariance(samples: Sample[], key: keyof Sample): number {
+  const mean = (of: (sample: Sample) => number) => samples.reduce((sum, each) => sum + of(each), 0) / samples.length
+  const [seconds, value] = [mean((each) => each.seconds), mean((each) => each[key])]
+  return mean((each) => (each.seconds - seconds) * (each[key] - value))
+}
