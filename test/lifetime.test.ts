@@ -74,6 +74,16 @@ inTurn('scopes nest, end when their body throws, and follow a body through its a
   t.is(stats().cpu.tensors, before)
 })
 
+inTurn('results of asynchronous calls belong to the scope of the call', async (t) => {
+  const before = stats().python.refs
+  const kept = await scope(async () => {
+    const made = await Promise.all([1, 2, 3].map((i) => torch.methodAsync('ones', i)))
+    return made[0]
+  })
+  t.is(stats().python.refs, before + 1)
+  kept?.dispose()
+})
+
 inTurn('disposing twice is harmless; using what was disposed is an error that says so', (t) => {
   const tensor = Tensor.zeros([3])
   const ref = torch.method('ones', 3)

@@ -1,3 +1,4 @@
+import { AsyncLocalStorage } from 'node:async_hooks'
 import type { Device } from '../device.js'
 import { parseDevice } from '../device.js'
 import { describeValue, EpmoeError } from '../errors.js'
@@ -40,6 +41,8 @@ interface Pending {
   keep: unknown
   settled: boolean
   release(): void
+  /** Runs a function where the call was made, so that its result belongs to the scope of the call. */
+  inContext<Result>(work: () => Result): Result
 }
 
 /**
@@ -109,6 +112,7 @@ export class Executor {
         keep: args,
         settled: false,
         release: () => signal?.removeEventListener('abort', abort),
+        inContext: AsyncLocalStorage.snapshot(),
       }
       this.#runtime.run('submit', number, operation, args, contextOf(options)).dispose()
       this.#pending.set(number, pending)
@@ -144,7 +148,7 @@ export class Executor {
 
   #finish(number: number, pending: Pending): void {
     try {
-      const result = this.#runtime.run('collect', number)
+      const result = pending.inContext(() => this.#runtime.run('collect', number))
       if (pending.settled) result.dispose()
       else pending.resolve(result)
     } catch (error) {
