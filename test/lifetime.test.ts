@@ -1,6 +1,8 @@
 import { spawnSync } from 'node:child_process'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
+import { setFlagsFromString } from 'node:v8'
+import { runInNewContext } from 'node:vm'
 import test from 'ava'
 import { EpmoeError, type PyRef, postReorder, scope, stats, Tensor } from 'epmoe'
 import { validCall } from './helpers/call.js'
@@ -177,14 +179,18 @@ inTurn('two-dimensional tensors do not pile up: at once with a scope, in good ti
 })
 
 inTurn('finalisers let go of what nobody disposed', async (t) => {
-  t.is(typeof globalThis.gc, 'undefined')
-  const before = stats().python.refs
-  for (let round = 0; round < 200 && stats().python.refs <= before + 2000; round++) {
-    for (let i = 0; i < 100; i++) python.eval('object()')
+  setFlagsFromString('--expose-gc')
+  const collect = runInNewContext('gc') as () => void
+  const before = stats()
+  for (let i = 0; i < 500; i++) {
+    python.eval('object()')
+    Tensor.zeros([10])
   }
-  for (let wait = 0; wait < 200 && stats().python.refs > before + 1000; wait++) {
-    new Array(1_000_000).fill(wait)
+  t.true(stats().python.refs >= before.python.refs + 500)
+  for (let round = 0; round < 50 && stats().cpu.tensors > before.cpu.tensors + 10; round++) {
+    collect()
     await sleep(5)
   }
-  t.true(stats().python.refs <= before + 1000, `${stats().python.refs - before} refs are left`)
+  t.true(stats().python.refs <= before.python.refs + 10, `${stats().python.refs - before.python.refs} refs are left`)
+  t.true(stats().cpu.tensors <= before.cpu.tensors + 10)
 })
