@@ -7,27 +7,34 @@ import test from 'ava'
 const root = fileURLToPath(new URL('..', import.meta.url))
 const readme = readFileSync(join(root, 'README.md'), 'utf8')
 
-test("the README's first program runs and says what it should", (t) => {
-  const program = /```ts\n([\s\S]*?)```/.exec(readme)?.[1]
-  t.truthy(program)
-  // Below the checkout, where 'epmoe' is the package itself.
+const programs = [...readme.matchAll(/```ts\n([\s\S]*?)```/g)].map((match) => match[1] ?? '')
+
+/** Runs a program of the README below the checkout, where 'epmoe' is the package itself. */
+function outputOf(program: string): string {
   const folder = mkdtempSync(join(root, '.cache-readme-'))
   try {
-    const file = join(folder, 'first.ts')
-    writeFileSync(file, program ?? '')
-    const { status, stdout, stderr } = spawnSync(
-      process.execPath,
-      ['--conditions=epmoe-source', '--import=tsx', file],
-      { encoding: 'utf8' },
-    )
-    t.is(status, 0, stdout + stderr)
-    const difference = Number(/torch in float32: ([\d.e-]+)/.exec(stdout)?.[1])
-    // One rounding to bfloat16 of values around 1.
-    t.true(difference > 0 && difference < 0.02, stdout)
-    t.regex(stdout, /first row: torch\.Size\(\[64\]\)/)
+    const file = join(folder, 'program.ts')
+    writeFileSync(file, program)
+    const args = ['--conditions=epmoe-source', '--import=tsx', file]
+    const { status, stdout, stderr } = spawnSync(process.execPath, args, { encoding: 'utf8' })
+    if (status !== 0) throw new Error(stdout + stderr)
+    return stdout
   } finally {
     rmSync(folder, { recursive: true })
   }
+}
+
+test("the README's first program runs and says what it should", (t) => {
+  const stdout = outputOf(programs[0] ?? '')
+  const difference = Number(/torch in float32: ([\d.e-]+)/.exec(stdout)?.[1])
+  // One rounding to bfloat16 of values around 1.
+  t.true(difference > 0 && difference < 0.02, stdout)
+  t.regex(stdout, /first row: torch\.Size\(\[64\]\)/)
+})
+
+test("the README's layer runs", (t) => {
+  t.is(programs.length, 2)
+  t.is(outputOf(programs[1] ?? ''), 'torch.Size([16, 64])\n')
 })
 
 test('every command line of the README that names a verb is one that exists', (t) => {
