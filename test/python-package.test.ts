@@ -1,4 +1,5 @@
 import { spawnSync } from 'node:child_process'
+import { readdirSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 import test from 'ava'
 import { env } from '../src/env.js'
@@ -7,7 +8,11 @@ import { findPython } from '../src/setup/find-python.mjs'
 
 const folder = fileURLToPath(new URL('./python/', import.meta.url))
 
-for (const module of ['test_interpreter', 'test_references', 'test_front_end']) {
+const modules = readdirSync(folder)
+  .filter((file) => /^test_.*\.py$/.test(file))
+  .map((file) => file.replace('.py', ''))
+
+for (const module of modules) {
   test(`python -m unittest ${module}`, (t) => {
     t.timeout(300_000)
     const found = findPython({ fromEnvironment: env.python, packageRoot })

@@ -2,7 +2,9 @@
 
 It keeps bfloat16 as raw 16-bit patterns and computes on the patterns as if they were integers; its conversion from
 float32 truncates. Once mended, each operation on bfloat16 is computed on the values and rounded once, to nearest even,
-as hardware does. Before Triton 3.8 it also needs a numpy older than 2.4; once mended, it does not.
+as hardware does. Its conversions to and from float8_e4m3fn truncate, wrap around beyond 448 and take NaN for a number;
+once mended, they round once to nearest even, saturate, and keep NaN. Before Triton 3.8 it also needs a numpy older than
+2.4; once mended, it does not.
 """
 
 import numpy as np
@@ -31,6 +33,33 @@ def narrow(values):
     return np.where(np.isnan(values), 0x7FFF, rounded).astype(np.uint16)
 
 
+def _float8_values():
+    """The non-negative float8_e4m3fn numbers in the order of their patterns, 0x00 to 0x7E."""
+    bits = np.arange(0x7F)
+    exponent, fraction = bits >> 3, bits & 7
+    return np.where(exponent == 0, np.ldexp(fraction, -9), np.ldexp(8 + fraction, exponent - 10))
+
+
+FLOAT8 = _float8_values()
+FLOAT8_TIES = (FLOAT8[1:] + FLOAT8[:-1]) / 2
+
+
+def widen_float8(bits):
+    """float8_e4m3fn patterns (uint8) as float64 values, exactly."""
+    bits = np.asarray(bits, np.uint8)
+    magnitude = np.append(FLOAT8, np.nan)[bits & 0x7F]
+    return np.where(bits & 0x80, -magnitude, magnitude)
+
+
+def narrow_float8(values):
+    """float64 values as float8_e4m3fn patterns (uint8), rounded once to nearest even; beyond 448, infinity too, 448."""
+    values = np.asarray(values, np.float64)
+    below = np.searchsorted(FLOAT8_TIES, np.abs(values), side="left")
+    above = np.searchsorted(FLOAT8_TIES, np.abs(values), side="right")
+    bits = np.where(below % 2 == 0, below, above)  # they differ on a tie only
+    return (np.where(np.isnan(values), 0x7F, bits) | np.where(np.signbit(values), 0x80, 0)).astype(np.uint8)
+
+
 def sum_to_odd(a, b):
     """a + b in float64, rounded to odd, so that rounding it again to fewer bits is rounding once."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -46,6 +75,7 @@ def sum_to_odd(a, b):
 
 def mend(interpreter, tl):
     """Replaces parts of ``triton.runtime.interpreter``; raises AttributeError where it is not as expected."""
+    _mend_float8(interpreter, tl)
     _mend_bfloat16(interpreter, tl)
     _mend_index(interpreter)
 
@@ -59,6 +89,26 @@ def _mend_index(interpreter):
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
     interpreter._patch_lang_tensor = _patch_lang_tensor
+
+
+def _mend_float8(interpreter, tl):
+    """Before bfloat16, which goes by way of float32 and what is put here."""
+    builder, handle, float8 = interpreter.InterpreterBuilder, interpreter.TensorHandle, tl.float8e4nv
+    original = builder.create_fp_to_fp
+    numpy_types = {tl.float16: np.float16, tl.float32: np.float32, tl.float64: np.float64}
+
+    def create_fp_to_fp(self, source, target, rounding_mode):
+        kind, wanted = source.dtype.scalar, target.scalar
+        if kind == wanted == float8:
+            return source
+        if kind == float8 and wanted in numpy_types:
+            return handle(widen_float8(source.data).astype(numpy_types[wanted]), wanted)
+        toward_zero = rounding_mode == interpreter._ir.ROUNDING_MODE.RTZ
+        if wanted == float8 and kind in numpy_types and not toward_zero:
+            return handle(narrow_float8(source.data), float8)
+        return original(self, source, target, rounding_mode)
+
+    builder.create_fp_to_fp = create_fp_to_fp
 
 
 def _mend_bfloat16(interpreter, tl):

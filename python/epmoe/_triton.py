@@ -55,6 +55,19 @@ def bfloat16_problem():
     return known or (_interpreter_problem("bfloat16") if INTERPRETED else None)
 
 
+@functools.cache
+def float8_problem():
+    """None, or why kernels that read or write float8_e4m3fn cannot run or would be worthless."""
+    known = _mending_problem or problem()
+    if known or INTERPRETED:
+        return known
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+        return "Triton has no float8_e4m3fn before compute capability 8.9"
+    return None
+
+
 def _interpreter_problem(name):
     """Runs a kernel whose result is known."""
     import torch

@@ -26,17 +26,41 @@ KNOWN_WRONG = (
     "its post_reorder (v0.5.4 to v0.5.12) takes `id > 0` for local and so drops local expert 0: "
     "it is no oracle; install sglang 0.4.6 to 0.5.3, or 0.5.13 and later"
 )
+POST_REORDER = "post_reorder_triton_kernel"
+REMOVED = {f"{op}_triton_kernel": "v0.5.4" for op in ("pre_reorder", "silu_and_mul", "gelu_and_mul")}
 
 
 class Original:
-    """What was found: ``problem`` is None, or why there is nothing to compare with."""
+    """What was found: ``problem`` is None, or why there is no file; ``generation`` is post_reorder's, if known."""
 
     def __init__(self, problem=None, module=None, version="unknown", generation=None, path=None):
         self.problem, self.module, self.version = problem, module, version
         self.generation, self.path = generation, path
 
+    def problem_of(self, name):
+        """None, or why the kernel or wrapper of that name cannot be compared with."""
+        if self.problem:
+            return self.problem
+        if not hasattr(self.module, name):
+            removed = f" (removed in {REMOVED[name]})" if name in REMOVED else ""
+            return f"SGLang {self.version} has no {name}{removed}"
+        if name == POST_REORDER and self.generation is None:
+            return f"{self.path}: {name} has a signature not known"
+        if name == POST_REORDER and self.generation == "C":
+            return f"SGLang {self.version}: {KNOWN_WRONG}"
+        return None
+
     def kernel(self, name):
         return getattr(self.module, name)
+
+    def parameters(self, name):
+        return list(inspect.signature(self._function(name)).parameters)
+
+    def source(self, name):
+        return inspect.getsource(self._function(name))
+
+    def _function(self, name):
+        return getattr(self.kernel(name), "fn", self.kernel(name))
 
 
 @functools.cache
@@ -52,15 +76,9 @@ def find():
     except Exception as error:
         problem = f"{path} cannot be loaded in isolation: {type(error).__name__}: {error}"
         return Original(problem, version=version, path=path)
-    kernel = getattr(module, "post_reorder_triton_kernel", None)
-    if kernel is None:
-        return Original(f"{path} has no post_reorder_triton_kernel", version=version, path=path)
-    generation = generation_of(kernel)
-    if generation is None:
-        problem = f"{path}: post_reorder_triton_kernel has a signature not known"
-        return Original(problem, version=version, path=path)
-    problem = f"SGLang {version}: {KNOWN_WRONG}" if generation == "C" else None
-    return Original(problem, module, version, generation, path)
+    kernel = getattr(module, POST_REORDER, None)
+    generation = None if kernel is None else generation_of(kernel)
+    return Original(None, module, version, generation, path)
 
 
 def _locate():

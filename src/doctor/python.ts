@@ -151,7 +151,8 @@ def sglang():
         from epmoe import sglang_original
         found = sglang_original.find()
         version = {} if found.path is None and found.version == "unknown" else {"version": found.version}
-        return {"problem": found.problem, "generation": found.generation, **version}
+        problem = found.problem_of(sglang_original.POST_REORDER)
+        return {"problem": problem, "generation": found.generation, **version}
     except BaseException as error:
         return {"problem": f"{type(error).__name__}: {error}"}
 try:

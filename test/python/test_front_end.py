@@ -336,8 +336,8 @@ class Package(unittest.TestCase):
         for name, (_, arguments) in _library._SIGNATURES.items():
             declared = re.search(rf"\b{name}\(([^)]*)\);", header).group(1)
             self.assertEqual(0 if declared == "void" else declared.count(",") + 1, len(arguments), name)
-        self.assertEqual(len(_call._plan("post_reorder").params), 10)
-        self.assertEqual(len(_call._plan("post_reorder").pack(*[0] * 20)), 10 * ctypes.sizeof(_library.Value))
+        self.assertEqual(len(_call._plan("post_reorder").params), 12)
+        self.assertEqual(len(_call._plan("post_reorder").pack(*[0] * 24)), 12 * ctypes.sizeof(_library.Value))
 
     def test_an_op_is_added_by_its_files_alone(self):
         with tempfile.TemporaryDirectory() as folder:

@@ -244,7 +244,8 @@ class Original(unittest.TestCase):
         self.install("C")
         found = sglang_original.find()
         self.assertEqual(found.generation, "C")
-        self.assertIn("drops local expert 0", found.problem)
+        self.assertIsNone(found.problem)
+        self.assertIn("drops local expert 0", found.problem_of(sglang_original.POST_REORDER))
         self.assertIn("drops local expert 0", references.describe("post_reorder")["triton-original"]["problem"])
 
     def test_what_a_generation_cannot_express_is_objected_to(self):
@@ -252,7 +253,7 @@ class Original(unittest.TestCase):
         for kind, reason in (
             ({"dst_start": 5}, "no dst_start"),
             ({"factor": 2.0}, "routed_scaling_factor"),
-            ({"gate": "dst"}, "topk_ids"),
+            ({"gate": "dst"}, "no deepep_post_reorder_triton_kernel"),
         ):
             arguments, _ = problem(torch.float32, **kind)
             self.assertIn(reason, references.objection("post_reorder", "triton-original", arguments))
@@ -312,12 +313,12 @@ class Original(unittest.TestCase):
         self.setUp()
         self.install("A")
         (self.root / "sglang" / sglang_original.PATHS[0]).write_text("def other(): pass")
-        self.assertIn("no post_reorder_triton_kernel", sglang_original.find().problem)
+        self.assertIn("no post_reorder_triton_kernel", sglang_original.find().problem_of(sglang_original.POST_REORDER))
         self.setUp()
         self.install("A")
         file = self.root / "sglang" / sglang_original.PATHS[0]
         file.write_text(file.read_text().replace("hidden_size, BLOCK_SIZE: tl", "hidden_size, more, BLOCK_SIZE: tl"))
-        self.assertIn("signature not known", sglang_original.find().problem)
+        self.assertIn("signature not known", sglang_original.find().problem_of(sglang_original.POST_REORDER))
         self.setUp()
         with (
             mock.patch.dict(os.environ, {"EPMOE_SGLANG": ""}),

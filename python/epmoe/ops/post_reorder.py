@@ -2,6 +2,7 @@
 
 Semantics: for every token, the rows of its local slots, each times the slot's weight, are summed in slot order. A slot
 is local when its expert is within [start_expert_id, end_expert_id], or, without topk_ids, when src2dst is not negative.
+Then shared_output and residual are added, in that order.
 """
 
 import functools
@@ -10,9 +11,19 @@ import torch
 
 from epmoe import _triton, sglang_original
 from epmoe._triton import jit, tl
+from epmoe.ops._gate import local_slots
+from epmoe.ops._report import (
+    narrow_index_objection,
+    original_facts,
+    original_problem,
+    torch_facts,
+    triton_facts,
+    triton_objection,
+)
 from epmoe.references import Reference
 
 BLOCK_SIZE = 512
+KERNEL, DEEPEP_KERNEL = "post_reorder_triton_kernel", "deepep_post_reorder_triton_kernel"
 
 
 @jit
@@ -22,6 +33,8 @@ def post_reorder_kernel(
     src2dst,
     topk_ids,
     topk_weights,
+    shared_output,
+    residual,
     start_expert_id,
     end_expert_id,
     topk,
@@ -32,7 +45,8 @@ def post_reorder_kernel(
     FLOAT32: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a token. Weights and every partial sum are of the activation dtype, or, with FLOAT32, of float32."""
+    """One program a token. Weights and every partial sum are of the activation dtype, or, with FLOAT32, of float32.
+    shared_output and residual may be None."""
     dtype = down_output.dtype.element_ty
     sum_dtype: tl.constexpr = tl.float32 if FLOAT32 else dtype
     token = tl.program_id(0).to(tl.int64)
@@ -56,6 +70,10 @@ def post_reorder_kernel(
                 total += tl.load(row + columns, mask=inside).to(sum_dtype) * weight
         if FACTOR != 1.0 and FLOAT32:
             total = total * FACTOR
+        if shared_output is not None:
+            total += tl.load(shared_output + token * hidden_size + columns, mask=inside).to(sum_dtype)
+        if residual is not None:
+            total += tl.load(residual + token * hidden_size + columns, mask=inside).to(sum_dtype)
         tl.store(output + token * hidden_size + columns, total.to(dtype), mask=inside)
 
 
@@ -66,6 +84,8 @@ def run_triton(
     src2dst,
     topk_weights,
     topk_ids=None,
+    shared_output=None,
+    residual=None,
     start_expert_id=0,
     end_expert_id=2**31 - 1,
     dst_start=0,
@@ -82,6 +102,8 @@ def run_triton(
             src2dst,
             topk_ids if topk_ids is not None else src2dst,
             topk_weights,
+            shared_output,
+            residual,
             start_expert_id,
             end_expert_id,
             topk_weights.shape[1],
@@ -94,14 +116,6 @@ def run_triton(
         )
 
 
-def local_slots(src2dst, topk_weights, topk_ids, start_expert_id, end_expert_id):
-    """Which slots are local, as a bool tensor [T, K], and src2dst in that shape."""
-    destinations = src2dst.view(topk_weights.shape)
-    if topk_ids is None:
-        return destinations >= 0, destinations
-    return (topk_ids >= start_expert_id) & (topk_ids <= end_expert_id), destinations
-
-
 def run_torch(
     *,
     down_output,
@@ -109,13 +123,15 @@ def run_torch(
     src2dst,
     topk_weights,
     topk_ids=None,
+    shared_output=None,
+    residual=None,
     start_expert_id=0,
     end_expert_id=2**31 - 1,
     dst_start=0,
     routed_scaling_factor=1.0,
 ):
     """The plain computation in the activation dtype: a product and a sum a slot, each rounded."""
-    local, destinations = local_slots(src2dst, topk_weights, topk_ids, start_expert_id, end_expert_id)
+    local, destinations = local_slots(src2dst, topk_weights.shape, topk_ids, start_expert_id, end_expert_id)
     rows = down_output.reshape(-1, output.shape[1])
     weights = topk_weights.to(output.dtype)
     if routed_scaling_factor != 1.0:
@@ -127,6 +143,10 @@ def run_torch(
         tokens = local[:, slot].nonzero().squeeze(1)
         picked = rows[(destinations[tokens, slot] - dst_start).long()]
         output[tokens] += picked * weights[tokens, slot, None]
+    if shared_output is not None:
+        output += shared_output
+    if residual is not None:
+        output += residual
 
 
 def run_original(
@@ -135,62 +155,75 @@ def run_original(
     output,
     src2dst,
     topk_weights,
-    topk_ids,
+    topk_ids=None,
     start_expert_id=0,
     end_expert_id=2**31 - 1,
     dst_start=0,
     routed_scaling_factor=1.0,
 ):
-    found = sglang_original.find()
-    tokens, hidden_size = output.shape
     if output.numel() == 0:
         return
-    if found.generation == "D":
+    (tokens, hidden_size), topk = output.shape, topk_weights.shape[1]
+    gated = topk_ids is not None
+    found = sglang_original.find()
+    name = KERNEL if gated else DEEPEP_KERNEL
+    if gated and found.generation == "D":
         # It takes ids local to the rank, negative where remote.
         remote = (topk_ids < start_expert_id) | (topk_ids > end_expert_id)
         topk_ids = (topk_ids - start_expert_id).masked_fill_(remote, -1)
-    scalars = {
-        "A": (start_expert_id, end_expert_id, topk_weights.shape[1], hidden_size),
-        "B": (start_expert_id, end_expert_id, topk_weights.shape[1], hidden_size, dst_start),
-        "D": (topk_weights.shape[1], hidden_size),
-    }[found.generation]
+    values = {
+        "start_expert_id": start_expert_id,
+        "end_expert_id": end_expert_id,
+        "topk": topk,
+        "hidden_size": hidden_size,
+        "dst_start": dst_start,
+        "routed_scaling_factor": float(routed_scaling_factor),
+        "BLOCK_SIZE": BLOCK_SIZE,
+    }
+    # The names of the tensors differ between versions, and of the numbers not all are there.
+    numbers = {name: values[name] for name in found.parameters(name)[5:]}
     with torch.cuda.device_of(output):
-        kernel = found.kernel("post_reorder_triton_kernel")
-        kernel[(tokens,)](down_output, output, src2dst, topk_ids, topk_weights, *scalars, BLOCK_SIZE=BLOCK_SIZE)
+        # DeepEP's kernel does not read the ids.
+        found.kernel(name)[(tokens,)](
+            down_output, output, src2dst, topk_ids if gated else src2dst, topk_weights, **numbers
+        )
 
 
-def original_objection(*, down_output, output, topk_ids=None, dst_start=0, routed_scaling_factor=1.0, **_):
-    generation = sglang_original.find().generation
-    if topk_ids is None:
-        return "SGLang's post_reorder gates by topk_ids"
-    if routed_scaling_factor != 1.0:
-        return "SGLang's post_reorder has no routed_scaling_factor"
-    if dst_start != 0 and generation != "B":
-        return f"generation {generation} has no dst_start"
-    if generation == "A" and max(down_output.numel(), output.numel()) >= 2**31:
-        return "generation A indexes with 32 bits: it would read out of bounds beyond 2^31 elements"
+def original_objection(
+    *,
+    down_output,
+    output,
+    topk_ids=None,
+    shared_output=None,
+    residual=None,
+    dst_start=0,
+    routed_scaling_factor=1.0,
+    **_,
+):
+    found = sglang_original.find()
+    name = DEEPEP_KERNEL if topk_ids is None else KERNEL
+    if problem := found.problem_of(name):
+        return problem
+    if shared_output is not None or residual is not None:
+        return "SGLang's post_reorder adds nothing to the sum"
+    named = "SGLang's deepep_post_reorder" if topk_ids is None else "SGLang's post_reorder"
+    parameters = found.parameters(name)
+    if routed_scaling_factor != 1.0 and "routed_scaling_factor" not in parameters:
+        return f"{named} has no routed_scaling_factor"
+    if dst_start != 0 and "dst_start" not in parameters:
+        return f"{named} of SGLang {found.version} has no dst_start"
+    if (topk_ids is None or found.generation == "A") and (problem := narrow_index_objection(down_output, output)):
+        return problem
     return triton_objection(down_output=down_output)
 
 
-def triton_objection(*, down_output, **_):
-    return _triton.bfloat16_problem() if down_output.dtype == torch.bfloat16 else None
-
-
-def triton_facts(arithmetic="input-dtype"):
-    return {"version": _triton.triton.__version__, "compiled": not _triton.INTERPRETED, "arithmetic": arithmetic}
-
-
-def original_facts():
-    found = sglang_original.find()
-    arithmetic = "float32" if found.generation == "D" else "input-dtype"
-    return {**triton_facts(arithmetic), "sglang": found.version, "generation": found.generation}
+def describe_original():
+    generation = sglang_original.find().generation
+    return original_facts("float32" if generation == "D" else "input-dtype")
 
 
 REFERENCES = {
-    "torch": Reference(
-        run_torch,
-        facts=lambda: {"version": torch.__version__, "compiled": True, "arithmetic": "input-dtype"},
-    ),
+    "torch": Reference(run_torch, facts=torch_facts),
     "triton": Reference(run_triton, _triton.problem, triton_objection, triton_facts),
     "triton-float32": Reference(
         functools.partial(run_triton, float32=True),
@@ -200,8 +233,8 @@ REFERENCES = {
     ),
     "triton-original": Reference(
         run_original,
-        lambda: _triton.problem() or sglang_original.find().problem,
+        lambda: original_problem(KERNEL),
         original_objection,
-        original_facts,
+        describe_original,
     ),
 }

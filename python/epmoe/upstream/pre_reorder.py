@@ -1,0 +1,44 @@
+"""sgl-kernel's ep_moe_pre_reorder, as it was before it was removed."""
+
+from epmoe.errors import EpmoeError
+
+__all__ = ["ep_moe_pre_reorder"]
+
+
+def ep_moe_pre_reorder(
+    input,
+    gateup_input,
+    src2dst,
+    topk_ids,
+    a1_scales,
+    start_expert_id,
+    end_expert_id,
+    topk,
+    use_per_token_if_dynamic,
+):
+    """Copies each token's row of ``input`` [T, H] to the rows of its local slots in ``gateup_input`` [T*K, H].
+
+    ``src2dst`` [T*K] or [T, K], ``topk_ids`` [T, K]; experts from ``start_expert_id`` to ``end_expert_id`` inclusive
+    are local. Rows are divided by ``a1_scales``: of the token with ``use_per_token_if_dynamic``, else of the local
+    expert; None leaves them as they are.
+    """
+    from epmoe.generated import pre_reorder
+
+    if topk_ids.shape[-1] != topk:
+        raise EpmoeError(
+            "ERR_VALUE",
+            op="ep_moe_pre_reorder",
+            argument="topk",
+            expected=f"{topk_ids.shape[-1]}, the last size of topk_ids",
+            received=str(topk),
+        )
+    pre_reorder(
+        input,
+        gateup_input,
+        src2dst,
+        topk_ids=topk_ids,
+        a1_scales=a1_scales,
+        start_expert_id=start_expert_id,
+        end_expert_id=end_expert_id,
+        scale_axis="token" if use_per_token_if_dynamic else "expert",
+    )
