@@ -4,12 +4,55 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import test from 'ava'
+import { ops } from 'epmoe'
 import type { Report } from '../src/parity/result.js'
 import { succeeded } from '../src/parity/result.js'
 import { loadCases } from '../src/parity/run.js'
 
 const bin = fileURLToPath(new URL('../src/cli/bin.mjs', import.meta.url))
 const folder = mkdtempSync(join(tmpdir(), 'epmoe-parity-'))
+
+/** What else the standard cases of the other ops must hold. */
+const hazardsOf: Record<string, string[]> = {
+  preprocess: ['E=1,', 'E=512,', 'routing=skewed', 'routing=single', 'invalid=100', 'negatives=dropped', 'mMax=256'],
+  pre_reorder: [
+    'shift=1',
+    'H=1,',
+    'gate=dst',
+    'values=special',
+    'values=zeros',
+    'scales=expert',
+    'scales=token',
+    'scales=rows',
+    'layout=padded',
+    'gain=300',
+    'quantization=token',
+    'quantization=group',
+    'format=power_of_two',
+  ],
+  silu_and_mul: [
+    'gate=none',
+    'gate=masked',
+    'scales=1',
+    'quantization=group',
+    'values=special',
+    'values=zeros',
+    'shift=1',
+  ],
+  gelu_and_mul: [
+    'gate=none',
+    'gate=masked',
+    'scales=1',
+    'quantization=group',
+    'values=special',
+    'values=zeros',
+    'shift=1',
+  ],
+  moe_sum_reduce: ['K=9,', 'factor=2.5', 'shift=1', 'values=special'],
+  shuffle_mul_sum: ['factors=none', 'factors=same', 'skipped=40', 'values=special', 'ids=int64'],
+  ep_scatter: ['scales=1', 'pad=1,', 'spare=128', 'routing=single', 'values=special'],
+  ep_gather: ['weights=same', 'routing=skewed', 'values=special', 'shift=1'],
+}
 
 function epmoe(...args: string[]) {
   return spawnSync(process.execPath, [bin, ...args], { encoding: 'utf8' })
@@ -30,11 +73,11 @@ test('the standard run passes, detects every control, and reports in the documen
   t.is(status, 0, stdout + stderr)
   const report = JSON.parse(readFileSync(json, 'utf8')) as Report
   t.is(report.schema, 'epmoe.parity/1')
-  t.true(report.summary.total > 400)
+  t.true(report.summary.total > 2000)
   t.is(report.summary.passed, report.summary.total)
   t.is(report.summary.failed, 0)
   t.is(report.summary.total, report.cases.length)
-  t.true(report.controls.length >= 50)
+  t.true(report.controls.length >= 300)
   t.true(report.controls.every(({ detected }) => detected))
   for (const { name, op, backend, reference, tier, passed, metrics } of report.cases) {
     t.deepEqual(
@@ -44,7 +87,38 @@ test('the standard run passes, detects every control, and reports in the documen
     t.is(typeof passed, 'boolean')
     t.deepEqual(Object.keys(metrics).sort(), ['maxAbs', 'maxUlp', 'mismatched', 'referenceRelL2', 'relL2', 'total'])
   }
-  // Every kind of hazard has been met by every dtype.
+  // Every op has been compared with every reference that can run here, and controlled for every dtype.
+  for (const { name: op, params } of ops()) {
+    const own = report.cases.filter((each) => each.op === op)
+    t.true(own.length > 20, op)
+    const backends = params.some(({ name }) => name === 'numerics') ? 2 : 1
+    t.is(new Set(own.map(({ backend }) => backend)).size, backends, op)
+    for (const reference of ['float64', 'torch', 'triton']) {
+      t.true(
+        own.some((each) => each.reference === reference),
+        `${op} ${reference}`,
+      )
+    }
+    for (const dtype of new Set(own.map(({ name }) => /dtype=(\w+)/.exec(name)?.[1]))) {
+      for (const kind of ['zeros', '(dropped|changed|swapped) \\w+']) {
+        const pattern = new RegExp(`^${op}/${dtype}/cpu/${kind} against`)
+        t.true(
+          report.controls.some(({ name }) => pattern.test(name)),
+          `${op} ${dtype} ${kind}`,
+        )
+      }
+    }
+  }
+  for (const [op, hazards] of Object.entries(hazardsOf)) {
+    for (const hazard of ['T=70000,|R=70000,', 'T=0,|R=0,', ...hazards]) {
+      const pattern = new RegExp(hazard)
+      t.true(
+        report.cases.some((each) => each.op === op && pattern.test(each.name)),
+        `${op} ${hazard}`,
+      )
+    }
+  }
+  // Every kind of hazard of post_reorder has been met by every dtype.
   for (const dtype of ['float32', 'float16', 'bfloat16']) {
     for (const hazard of [
       'gate=dst',
@@ -60,7 +134,9 @@ test('the standard run passes, detects every control, and reports in the documen
       'K=1,',
     ]) {
       t.true(
-        report.cases.some(({ name }) => name.includes(`dtype=${dtype}`) && name.includes(hazard)),
+        report.cases.some(
+          ({ op, name }) => op === 'post_reorder' && name.includes(`dtype=${dtype}`) && name.includes(hazard),
+        ),
         `${dtype} ${hazard}`,
       )
     }
@@ -76,6 +152,8 @@ test('the default is more accurate than the original arithmetic, in every 16-bit
   const json = join(folder, 'accuracy.json')
   const { status, stdout } = epmoe(
     'parity',
+    '--op',
+    'post_reorder',
     '--backend',
     'cpu',
     '--reference',

@@ -1,6 +1,10 @@
 import test from 'ava'
 import { type DType, Tensor } from 'epmoe'
 import { native } from '../src/native.js'
+import { Expectation } from '../src/parity/expectation.js'
+import type { Guarded } from '../src/parity/guard.js'
+import { judge } from '../src/parity/judge.js'
+import { decoderOf, encoderOf } from '../src/parity/values.js'
 import { passes, requirementFor } from '../src/parity/verdict.js'
 
 function compare(
@@ -95,4 +99,86 @@ test('compiled Triton in the dtype of the input is owed every bit, others a boun
   t.deepEqual(requirementFor(exact, { ...triton, compiled: false }, bounds), { tier: 'ulp', bound: 14 })
   t.is(requirementFor(plain, triton, bounds).tier, 'golden')
   t.deepEqual(requirementFor(plain, { name: 'float64', problem: null }, bounds), { tier: 'ulp', bound: 0.5 })
+})
+
+test('integers agree or do not, and their unit is 1', (t) => {
+  for (const [dtype, array] of [
+    ['int32', Int32Array],
+    ['uint8', Uint8Array],
+  ] as const) {
+    const stored = (values: number[]) => Tensor.from(new array(values), undefined, { dtype })
+    const truth = Tensor.from(new Float64Array([3, 200]))
+    const against = (values: number[], reference: Tensor) =>
+      native().parity.compare(
+        stored(values).handleFor('t'),
+        reference.handleFor('t'),
+        truth.handleFor('t'),
+        truth.handleFor('t'),
+      )
+    t.is(against([3, 200], truth).mismatched, 0)
+    t.like(against([3, 198], truth), { mismatched: 1, maxUlp: 2 })
+    t.like(against([3, 198], stored([3, 200])), { mismatched: 1, maxUlp: 2 })
+  }
+  const wide = Tensor.from(new BigInt64Array([-1n, 2n ** 40n]))
+  const truth = Tensor.from(new Float64Array([-1, 2 ** 40 + 1]))
+  const handles = [wide, truth, truth, truth].map((tensor) => tensor.handleFor('t')) as [number, number, number, number]
+  t.like(native().parity.compare(...handles), { mismatched: 1, maxUlp: 1 })
+})
+
+test('float8: units of a sixteenth to an eighth, subnormals of 2^-9, a NaN that equals a NaN', (t) => {
+  const decode = decoderOf('float8_e4m3fn')
+  const encode = encoderOf('float8_e4m3fn')
+  const all = Uint8Array.from({ length: 256 }, (_, bits) => bits)
+  t.deepEqual(
+    [0x38, 0x7e, 0xfe, 0x01, 0x08, 0x80].map((bits) => decode(all, bits)),
+    [1, 448, -448, 2 ** -9, 2 ** -6, -0],
+  )
+  for (let bits = 0; bits < 256; bits++) {
+    const value = decode(all, bits)
+    if (!Number.isNaN(value) && !Object.is(value, -0)) t.is(encode(value), bits)
+  }
+  const metrics = (bits: number[], truths: number[]) => {
+    const tensors = [
+      Tensor.from(Uint8Array.from(bits), undefined, { dtype: 'float8_e4m3fn' }),
+      ...[truths, truths, truths.map(Math.abs)].map((values) => Tensor.from(Float64Array.from(values))),
+    ]
+    const handles = tensors.map((tensor) => tensor.handleFor('t')) as [number, number, number, number]
+    return native().parity.compare(...handles)
+  }
+  t.is(metrics([0x39], [1]).maxUlp, 1)
+  t.is(metrics([0x02], [2 ** -9]).maxUlp, 1)
+  t.is(metrics([0x7f, 0x7e], [Number.NaN, 448]).mismatched, 0)
+  t.is(metrics([0x7e], [Number.NaN]).mismatched, 1)
+  // What the oracle leaves unrounded is rounded to nearest even.
+  t.is(metrics([0x38], [1 + 1 / 16]).mismatched, 0)
+  t.is(metrics([0x3a], [1 + 3 / 16]).mismatched, 0)
+})
+
+test('a call is as good as its worst output, and an exact output allows nothing', (t) => {
+  const one = (value: number) => Tensor.from(new Float32Array([value]))
+  const oracle = new Expectation()
+  for (const [name, bounds] of [
+    ['rounded', { fp32: 2, triton: 2, reference: 2 }],
+    ['exact', undefined],
+  ] as const) {
+    const page = oracle.floats(name, [1], bounds)
+    page.expected[0] = page.scale[0] = 1
+  }
+  const outputs = (rounded: number, exact: number) => ({
+    rounded: { guarded: { tensor: one(rounded) } as Guarded, intact: true },
+    exact: { guarded: { tensor: one(exact) } as Guarded, intact: true },
+  })
+  const backend = { name: 'cpu', device: 'cpu', numerics: 'fp32' } as const
+  const verdict = (rounded: number, exact: number) =>
+    judge(outputs(rounded, exact), undefined, oracle, backend, { name: 'float64', problem: null })
+  const next = 1 + 2 ** -23
+  t.like(verdict(1, 1), { passed: true, reached: 'bit-exact', metrics: { ...verdict(1, 1).metrics, total: 2 } })
+  t.like(verdict(next, 1), { passed: true, reached: 'ulp' })
+  t.like(verdict(1, next), { passed: false, failure: 'exact differs' })
+  t.like(verdict(next + 2 ** -20, 1), { passed: false, failure: 'rounded differs' })
+  const broken = outputs(1, 1)
+  broken.exact.intact = false
+  const judged = judge(broken, undefined, oracle, backend, { name: 'float64', problem: null })
+  t.like(judged, { passed: false, failure: 'memory around exact was written to' })
+  oracle[Symbol.dispose]()
 })

@@ -23,22 +23,36 @@ export interface Problem extends Disposable {
   inputs: Record<string, Guarded>
   /** Fresh, poisoned outputs. */
   outputs(): Record<string, Guarded>
-  scalars: Record<string, number>
+  /** Numbers, and the words of enums. */
+  scalars: Record<string, number | string>
   /** The truth in float64; belongs to the case, which may keep it for the next. */
   oracle(): Oracle
-  /** Bounds that hold by the arithmetic, in units in the last place at the magnitude of the sum of absolute terms. */
-  bounds: { fp32: number; triton: number; reference: number }
   /** Ways to spoil the call that a comparison must notice; each changes copies of the inputs. */
   spoilers: Spoiler[]
 }
 
+/** Bounds that follow from the arithmetic, in units in the last place at the magnitude of the terms. */
+export interface Bounds {
+  fp32: number
+  triton: number
+  /** Of torch's and of interpreted Triton's result, which round more often. */
+  reference: number
+}
+
 export interface Oracle extends Disposable {
-  /** The one output that is compared, by snake_case name. */
-  output: string
+  outputs: OracleOutput[]
+}
+
+/** The truth of one output. What an op leaves untouched stays as it was poisoned: NaN, and -1 in integers. */
+export interface OracleOutput {
+  /** snake_case */
+  name: string
   /** float64, of the output's shape. */
   expected: Tensor
   /** float64: the magnitude of each element's terms. */
   scale: Tensor
+  /** Absent: no rounding is allowed anywhere, as of integers and of rows that are moved. */
+  bounds?: Bounds
 }
 
 export interface Spoiler {
@@ -50,6 +64,8 @@ export interface Spoiler {
 /** What `src/parity/cases/<op>.ts` exports as default. */
 export interface OpCases {
   op: string
+  /** References the op has; all when absent. */
+  references?: readonly string[]
   /** The cases of a default run: small, and with every hazard. */
   standard(): Case[]
   /** The cross product that the options ask for. */

@@ -2,6 +2,7 @@ import type { Device } from '../device.js'
 import { kw } from '../python/encode.js'
 import type { Python } from '../python/python.js'
 import type { PyRef } from '../python/ref.js'
+import type { Problem } from './case.js'
 import type { Guarded } from './guard.js'
 
 /** What a reference is like on this machine. */
@@ -42,7 +43,7 @@ export class PythonReferences {
   }
 
   /** Runs a reference on tensors that live where it can reach them; returns why it objects to this call, or null. */
-  run(op: string, name: string, tensors: Record<string, Guarded>, scalars: Record<string, number>): string | null {
+  run(op: string, name: string, tensors: Record<string, Guarded>, scalars: Problem['scalars']): string | null {
     const refs = Object.entries(tensors).map(([key, { tensor }]) => [key, tensor.toTorch() as PyRef] as const)
     try {
       const args = { ...Object.fromEntries(refs), ...scalars }

@@ -1,6 +1,7 @@
 import type { Random } from './random.js'
 
-export type RoutingKind = 'uniform' | 'skewed'
+/** `single`: every token goes to the last experts, so that all other segments are empty. */
+export type RoutingKind = 'uniform' | 'skewed' | 'single'
 
 export interface Routing {
   /** [T*K], row-major by token: global expert ids, distinct within a token. */
@@ -20,7 +21,8 @@ export function route(tokens: number, topk: number, experts: number, kind: Routi
     let sum = 0
     for (let slot = 0; slot < topk; slot++) {
       let expert = draw(experts, kind, random)
-      while (chosen[expert] === token) expert = (expert + 1) % experts
+      // Experts of a token are distinct, as long as there are enough of them.
+      while (slot < experts && chosen[expert] === token) expert = (expert + 1) % experts
       chosen[expert] = token
       topkIds[token * topk + slot] = expert
       const weight = 0.05 + random.next()
@@ -33,6 +35,7 @@ export function route(tokens: number, topk: number, experts: number, kind: Routi
 }
 
 function draw(experts: number, kind: RoutingKind, random: Random): number {
+  if (kind === 'single') return experts - 1
   const uniform = random.next()
   return Math.floor((kind === 'uniform' ? uniform : uniform ** 4) * experts)
 }
@@ -43,4 +46,20 @@ function groupByExpert(topkIds: Int32Array, experts: number): Int32Array {
   for (const id of topkIds) next[id + 1]!++
   for (let expert = 0; expert < experts; expert++) next[expert + 1]! += next[expert]!
   return topkIds.map((id) => next[id]!++)
+}
+
+/** The local expert range of the rank that is tested, the middle one when `rank` is -1; never empty. */
+export function localRange({ E, ep, rank }: { E: number; ep: number; rank: number }): [number, number] {
+  const each = Math.max(1, Math.floor(E / ep))
+  const start = Math.min(E - each, (rank < 0 ? Math.floor(ep / 2) : rank) * each)
+  return [start, start + each - 1]
+}
+
+/** Which slots are local, as 0 and 1; some of the others get the id -1, as padded tokens have it. */
+export function markLocal(topkIds: Int32Array, [start, end]: [number, number], random: Random): Int32Array {
+  const local = topkIds.map((id) => (id >= start && id <= end ? 1 : 0))
+  for (let slot = 0; slot < local.length; slot++) {
+    if (local[slot] === 0 && random.below(4) === 0) topkIds[slot] = -1
+  }
+  return local
 }

@@ -3,14 +3,39 @@ import type { Tensor } from '../tensor.js'
 
 /** Bits of a float's significand, the hidden one included. */
 export function significantBits(dtype: DType): number {
-  return dtype === 'float32' ? 24 : dtype === 'float16' ? 11 : 8
+  return { float32: 24, float16: 11, bfloat16: 8, float8_e4m3fn: 4 }[dtype as string] ?? 53
+}
+
+/** A number, or infinity where the dtype would round to it. */
+export function roundsToInfinity(dtype: DType, value: number): number {
+  const limit = { float32: 3.4028235677973366e38, float16: 65520, bfloat16: 3.3961775292304957e38 }[dtype as string]
+  return Math.abs(value) >= (limit ?? Infinity) ? Math.sign(value) * Infinity : value
 }
 
 /** Turns stored elements into float64. Written apart from the native conversions that it checks. */
 export function decoderOf(dtype: DType): (data: TypedArray, index: number) => number {
-  if (dtype === 'float32') return (data, index) => (data as Float32Array)[index]!
-  const table = dtype === 'float16' ? halves() : bfloats()
-  return (data, index) => table[(data as Uint16Array)[index]!]!
+  const table = tables[dtype as string]?.()
+  if (table === undefined) return (data, index) => Number(data[index])
+  return (data, index) => table[data[index] as number]!
+}
+
+/** Turns a number into what a TypedArray of the dtype stores: the nearest, by search in the table of all values. */
+export function encoderOf(dtype: DType): (value: number) => number {
+  const table = tables[dtype as string]?.()
+  if (table === undefined) return (value) => value
+  const half = table.length / 2
+  return (value) => {
+    const size = Math.abs(value)
+    let [low, high] = [0, half - 1]
+    while (low < high) {
+      const middle = (low + high) >> 1
+      // Beyond the finite values the table holds infinity and NaN.
+      if (table[middle]! < size) low = middle + 1
+      else high = middle
+    }
+    const below = low > 0 && size - table[low - 1]! < table[low]! - size ? low - 1 : low
+    return value < 0 ? below + half : below
+  }
 }
 
 /** The rows of a large CPU tensor [R, H], in windows that a TypedArray can span. */
@@ -30,17 +55,28 @@ export function rowsOf(tensor: Tensor): (row: number) => { data: TypedArray; off
   }
 }
 
-let halfTable: Float64Array | undefined
-let bfloatTable: Float64Array | undefined
+const kept = new Map<string, Float64Array>()
 
-function halves(): Float64Array {
-  halfTable ??= Float64Array.from({ length: 65536 }, (_, bits) => decode(bits, 5, 10))
-  return halfTable
+/** Every value of a dtype of 8 or 16 bits, by its bits. */
+function tableOf(name: string, size: number, value: (bits: number) => number): Float64Array {
+  const table = kept.get(name) ?? Float64Array.from({ length: size }, (_, bits) => value(bits))
+  kept.set(name, table)
+  return table
 }
 
-function bfloats(): Float64Array {
-  bfloatTable ??= Float64Array.from({ length: 65536 }, (_, bits) => decode(bits, 8, 7))
-  return bfloatTable
+const tables: Record<string, () => Float64Array> = {
+  float16: () => tableOf('float16', 65536, (bits) => decode(bits, 5, 10)),
+  bfloat16: () => tableOf('bfloat16', 65536, (bits) => decode(bits, 8, 7)),
+  float8_e4m3fn: () => tableOf('float8_e4m3fn', 256, decodeFloat8),
+}
+
+/** e4m3fn has no infinities: its largest exponent is an ordinary one, but for one NaN a sign. */
+function decodeFloat8(bits: number): number {
+  const sign = bits >> 7 === 1 ? -1 : 1
+  const exponent = (bits >> 3) & 15
+  const fraction = (bits & 7) / 8
+  if ((bits & 0x7f) === 0x7f) return Number.NaN
+  return exponent === 0 ? sign * fraction * 2 ** -6 : sign * (1 + fraction) * 2 ** (exponent - 7)
 }
 
 /** By the definition of IEEE 754 formats: sign, exponent, fraction. */

@@ -13,12 +13,15 @@ const verb: Verb = {
   async run(options: { json?: boolean }) {
     const cases = await loadCases()
     const gpus = devices().length - 1
-    const rows = ops().map((op) => ({
-      op: op.name,
-      backends: ['cpu', ...(op.cuda ? [gpus > 0 ? 'cuda' : 'cuda (built, no GPU here)'] : [])],
-      references: referenceNames,
-      standardCases: cases.find((each) => each.op === op.name)?.standard().length ?? 0,
-    }))
+    const rows = ops().map((op) => {
+      const own = cases.find((each) => each.op === op.name)
+      return {
+        op: op.name,
+        backends: ['cpu', ...(op.cuda ? [gpus > 0 ? 'cuda' : 'cuda (built, no GPU here)'] : [])],
+        references: own?.references ?? referenceNames,
+        standardCases: own?.standard().length ?? 0,
+      }
+    })
     if (options.json) console.log(JSON.stringify(rows, null, 1))
     else
       for (const row of rows)

@@ -1,0 +1,3 @@
+import { activationCases } from '../activation.js'
+
+export default activationCases('gelu')
