@@ -86,7 +86,7 @@ export function activationCases(name: 'silu' | 'gelu'): OpCases {
   }
   return {
     op: family.op,
-    standard: () => standard().map((spec) => caseOf(family, spec)),
+    standard: () => casesOf(family, standard()),
     grid: (options) => grid(family, options),
     parse: (text) => parseCase(family, text),
   }

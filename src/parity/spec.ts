@@ -33,6 +33,11 @@ export function caseOf<Kind extends Spec>(family: Family<Kind>, spec: Partial<Ki
   }
 }
 
+/** One case a name: models that share a shape make the same case. */
+export function casesOf<Kind extends Spec>(family: Family<Kind>, specs: Partial<Kind>[]): Case[] {
+  return [...new Map(specs.map((spec) => caseOf(family, spec)).map((each) => [each.name, each])).values()]
+}
+
 /** The case of a printed name; fields that are left out have their default. */
 export function parseCase<Kind extends Spec>(family: Family<Kind>, name: string): Case | undefined {
   const [op, fields] = name.split('/')

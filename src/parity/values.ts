@@ -8,7 +8,9 @@ export function significantBits(dtype: DType): number {
 
 /** A number, or infinity where the dtype would round to it. */
 export function roundsToInfinity(dtype: DType, value: number): number {
-  const limit = { float32: 3.4028235677973366e38, float16: 65520, bfloat16: 3.3961775292304957e38 }[dtype as string]
+  const limit = { float32: 2 ** 128 * (1 - 2 ** -25), float16: 65520, bfloat16: 2 ** 128 * (1 - 2 ** -9) }[
+    dtype as string
+  ]
   return Math.abs(value) >= (limit ?? Infinity) ? Math.sign(value) * Infinity : value
 }
 

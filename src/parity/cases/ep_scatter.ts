@@ -145,7 +145,7 @@ function standard(): Case[] {
   }
   specs.push({ T: 12, dtype: 'float32', H: 130, scales: 1 }, { T: 12, dtype: 'float16', H: 128, scales: 1 })
   specs.push({ T: 70000, H: 16, K: 2, E: 8, ep: 1, pad: 1, dtype: 'float8_e4m3fn' })
-  return specs.map((spec) => caseOf(family, spec))
+  return casesOf(family, specs)
 }
 
 function grid(options: GridOptions): Case[] {

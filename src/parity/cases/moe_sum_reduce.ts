@@ -81,7 +81,7 @@ function standard(): Case[] {
     )
   }
   specs.push({ T: 70000, H: 16, K: 2, dtype: 'float16' })
-  return specs.map((spec) => caseOf(family, spec))
+  return casesOf(family, specs)
 }
 
 function grid(options: GridOptions): Case[] {

@@ -246,7 +246,7 @@ function standard(): Case[] {
   }
   // More tokens than a grid's second axis counts.
   specs.push({ T: 70000, H: 16, K: 2, dtype: 'float16' })
-  return specs.map((spec) => caseOf(family, spec))
+  return casesOf(family, specs)
 }
 
 function grid(options: GridOptions): Case[] {

@@ -259,7 +259,7 @@ function standard(): Case[] {
     { dtype: 'float8_e4m3fn', values: 'special', H: 129 },
     { T: 70000, H: 16, K: 2, dtype: 'float16' },
   )
-  return specs.map((spec) => caseOf(family, spec))
+  return casesOf(family, specs)
 }
 
 function grid(options: GridOptions): Case[] {

@@ -121,7 +121,7 @@ function standard(): Case[] {
     )
   }
   specs.push({ T: 70000, K: 2, E: 256, invalid: 5 })
-  return specs.map((spec) => caseOf(family, spec))
+  return casesOf(family, specs)
 }
 
 function grid(options: GridOptions): Case[] {
