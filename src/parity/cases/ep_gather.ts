@@ -7,7 +7,7 @@ import { Guarded } from '../guard.js'
 import { presets } from '../presets.js'
 import { Random } from '../random.js'
 import { localRange, type RoutingKind, route } from '../routing.js'
-import { type Spec as BaseSpec, caseOf, type Family, parseCase } from '../spec.js'
+import { type Spec as BaseSpec, caseOf, casesOf, type Family, parseCase } from '../spec.js'
 import { sumBounds, sumRows } from '../sums.js'
 import { decoderOf } from '../values.js'
 

@@ -8,7 +8,7 @@ import { presets } from '../presets.js'
 import { groupsOf } from '../quantise.js'
 import { Random } from '../random.js'
 import { localRange, type RoutingKind, route } from '../routing.js'
-import { type Spec as BaseSpec, caseOf, type Family, parseCase } from '../spec.js'
+import { type Spec as BaseSpec, caseOf, casesOf, type Family, parseCase } from '../spec.js'
 import { decoderOf } from '../values.js'
 
 interface Spec extends BaseSpec {

@@ -6,7 +6,7 @@ import { cross, shapesOf } from '../grid.js'
 import { Guarded } from '../guard.js'
 import { presets } from '../presets.js'
 import { referenceNames } from '../references.js'
-import { type Spec as BaseSpec, caseOf, type Family, parseCase } from '../spec.js'
+import { type Spec as BaseSpec, caseOf, casesOf, type Family, parseCase } from '../spec.js'
 import { sumBounds, sumRows } from '../sums.js'
 
 interface Spec extends BaseSpec {

@@ -10,7 +10,7 @@ import { Kept } from '../kept.js'
 import { presets } from '../presets.js'
 import { Random } from '../random.js'
 import { localRange, markLocal, type Routing, type RoutingKind, route } from '../routing.js'
-import { type Spec as BaseSpec, caseOf, type Family, parseCase } from '../spec.js'
+import { type Spec as BaseSpec, caseOf, casesOf, type Family, parseCase } from '../spec.js'
 import { sumBounds, sumRows } from '../sums.js'
 import { decoderOf, rowsOf } from '../values.js'
 

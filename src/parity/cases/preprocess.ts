@@ -6,7 +6,7 @@ import { Guarded } from '../guard.js'
 import { presets } from '../presets.js'
 import { Random } from '../random.js'
 import { type RoutingKind, route } from '../routing.js'
-import { type Spec as BaseSpec, caseOf, type Family, parseCase } from '../spec.js'
+import { type Spec as BaseSpec, caseOf, casesOf, type Family, parseCase } from '../spec.js'
 
 interface Spec extends BaseSpec {
   T: number
