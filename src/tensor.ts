@@ -97,7 +97,7 @@ export class Tensor implements Disposable {
       return host.to(options.device)
     }
     const tensor = Tensor.empty(shape, options)
-    if (tensor.nbytes > 0) tensor.data.fill(0 as never)
+    if (tensor.nbytes > 0) tensor.data.fill((tensor.dtype === 'int64' ? 0n : 0) as never)
     return tensor
   }
 

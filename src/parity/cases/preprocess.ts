@@ -21,6 +21,8 @@ interface Spec extends BaseSpec {
   negatives: 'counted' | 'dropped'
   /** Rows of each expert in DeepGEMM's form; 0: packed. */
   mMax: number
+  /** Whether masked_m is asked for. */
+  counts: number
 }
 
 const family: Family<Spec> = {
@@ -35,6 +37,7 @@ const family: Family<Spec> = {
     invalid: 0,
     negatives: 'counted',
     mMax: 0,
+    counts: 0,
     seed: 1,
   },
   axes: ({ T, K, E }) => ({ T, H: 1, K, E }),
@@ -55,7 +58,7 @@ function build(spec: Spec): Problem {
       src2dst: Guarded.create([T * K], dst),
       seg_indptr: Guarded.create([E + 1], 'int64'),
       reorder_topk_ids: Guarded.create([T * K], dtype),
-      masked_m: Guarded.create([E], 'int32'),
+      ...(spec.counts === 1 ? { masked_m: Guarded.create([E], 'int32') } : {}),
     }),
     scalars: { ...(negatives === 'counted' ? {} : { negatives }), ...(mMax === 0 ? {} : { m_max: mMax }) },
     oracle: () => oracle(spec, topkIds),
@@ -75,7 +78,7 @@ function build(spec: Spec): Problem {
 }
 
 /** A counting sort with the slots of -1 as the first bucket. */
-function oracle({ T, K, E, negatives, mMax }: Spec, topkIds: Int32Array): Expectation {
+function oracle({ T, K, E, negatives, mMax, counts: counted }: Spec, topkIds: Int32Array): Expectation {
   const counts = new Int32Array(E + 1)
   for (const id of topkIds) counts[id + 1]!++
   const invalid = counts[0]!
@@ -86,11 +89,11 @@ function oracle({ T, K, E, negatives, mMax }: Spec, topkIds: Int32Array): Expect
   const src2dst = expectation.integers('src2dst', [T * K]).expected
   const segIndptr = expectation.integers('seg_indptr', [E + 1]).expected
   const reorder = expectation.integers('reorder_topk_ids', [T * K]).expected
-  const maskedM = expectation.integers('masked_m', [E]).expected
+  const maskedM = counted === 1 ? expectation.integers('masked_m', [E]).expected : undefined
   segIndptr[0] = 0
   for (let expert = 0; expert < E; expert++) {
     segIndptr[expert + 1] = begins[expert + 2]! - dropped
-    maskedM[expert] = counts[expert + 1]!
+    if (maskedM !== undefined) maskedM[expert] = counts[expert + 1]!
   }
   const taken = new Int32Array(E + 1)
   topkIds.forEach((id, slot) => {
@@ -110,14 +113,14 @@ function standard(): Case[] {
       { T: 0, dtype },
       { T: 1, dtype },
       { T: 64, K: 2, E: 1, dtype },
-      { T: 100, K: 3, E: 512, dtype, invalid: 10 },
+      { T: 100, K: 3, E: 512, dtype, invalid: 10, counts: 1 },
       { T: 50, dtype, routing: 'skewed', invalid: 30 },
       { T: 40, dtype, routing: 'single', K: 1, E: 9 },
       { T: 20, dtype, invalid: 100 },
       { T: 50, dtype, dst: 'int64', negatives: 'dropped', invalid: 40 },
       { T: 9, dtype, dst: 'int64', negatives: 'dropped', invalid: 100 },
-      { T: 50, dtype, mMax: 256, invalid: 10 },
-      { T: 50, dtype, mMax: 64, negatives: 'dropped', invalid: 50, routing: 'skewed' },
+      { T: 50, dtype, mMax: 256, invalid: 10, counts: 1 },
+      { T: 50, dtype, mMax: 64, negatives: 'dropped', invalid: 50, routing: 'skewed', counts: 1 },
     )
   }
   specs.push({ T: 70000, K: 2, E: 256, invalid: 5 })
@@ -126,9 +129,13 @@ function standard(): Case[] {
 
 function grid(options: GridOptions): Case[] {
   return shapesOf(options).flatMap(({ experts: E, topk: K }) =>
-    cross({ T: options.tokens, dtype: options.idsDtypes, routing: options.routings, invalid: [0, 20] }).map((spec) =>
-      caseOf(family, { E, K, ...spec, seed: options.seed }),
-    ),
+    cross({
+      T: options.tokens,
+      dtype: options.idsDtypes,
+      routing: options.routings,
+      invalid: [0, 20],
+      counts: [0, 1],
+    }).map((spec) => caseOf(family, { E, K, ...spec, seed: options.seed })),
   )
 }
 
