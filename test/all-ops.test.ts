@@ -97,7 +97,7 @@ const tensorMistakes: Mistake[] = [
   {
     title: 'of one axis too many',
     // A leading axis folds into the rows where the op says so: a trailing one fits nowhere.
-    make: changed((tensor) => like(tensor, [...tensor.shape, 2, 3, 1, 997])),
+    make: changed((tensor) => like(tensor, [...tensor.shape, 2, 13])),
     codes: ['ERR_RANK', 'ERR_SHAPE', 'ERR_OVERLAP'],
   },
   {
