@@ -4,6 +4,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import test from 'ava'
+import { ops } from 'epmoe'
 
 const root = fileURLToPath(new URL('..', import.meta.url))
 const fixtures = join(root, 'test/fixtures/ops')
@@ -37,7 +38,7 @@ test('a file dropped into a folder of ops is an op everywhere, and no list was e
         import { generated } from ${JSON.stringify(join(root, 'src/generate/index.ts'))}
         console.log(JSON.stringify({ names: ops().map((op) => op.name), sources: [...generated().values()] }))`),
     ) as { names: string[]; sources: [string, string] }
-    t.deepEqual(described.names, ['post_reorder', 'scale_rows'])
+    t.deepEqual(described.names, [...ops().map(({ name }) => name), 'scale_rows'].sort())
     t.regex(described.sources[0], /export function scaleRows<Output extends TensorLike>\(args: ScaleRowsArguments/)
     t.regex(described.sources[0], /rowFactor: TensorLike/)
     t.regex(described.sources[1], /def scale_rows\(\n {4}input,\n {4}row_factor,\n {4}output,\n {4}times=1,/)

@@ -18,8 +18,9 @@ class Call implements Disposable {
   readonly scalars: Record<string, number | string>
   readonly #device: Device
 
-  constructor({ op, build }: Case, device: Device) {
-    const problem = build()
+  constructor(each: Case, device: Device) {
+    const { op } = each
+    const problem = each.build()
     this.op = new Op(op)
     this.#device = device
     const there = (tensors: Record<string, Guarded>) =>
@@ -62,7 +63,7 @@ class Call implements Disposable {
 interface Mistake {
   title: string
   /** The mistaken arguments; undefined where this parameter cannot be got wrong so. */
-  make(args: Record<string, unknown>, param: OpParam, device: Device): Record<string, unknown> | undefined
+  make: (args: Record<string, unknown>, param: OpParam, device: Device) => Record<string, unknown> | undefined
   codes: string[]
 }
 

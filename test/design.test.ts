@@ -78,7 +78,9 @@ test('the generated files are fresh', (t) => {
 test('no file grows into a giant', (t) => {
   const all = [...sources('src', /\.(ts|mjs)$/), ...sources('csrc', /\.(cc|cu|cuh|h)$/), ...sources('python', /\.py$/)]
   t.deepEqual(
-    all.filter(({ text }) => text.split('\n').length > 450).map(({ file }) => file),
+    all
+      .filter(({ file, text }) => !/generated[./]/.test(file) && text.split('\n').length > 450)
+      .map(({ file }) => file),
     [],
   )
 })

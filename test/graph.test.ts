@@ -140,11 +140,10 @@ class Path {
 
   /** A checksum of the bytes of every output, by name. */
   digest(): Record<string, number> {
-    const sum = '(x.contiguous().view(torch.uint8).long() * (torch.arange(x.nbytes, device=x.device) % 65521).view(-1)' +
+    const sum =
+      '(x.contiguous().view(torch.uint8).long() * (torch.arange(x.nbytes, device=x.device) % 65521).view(-1)' +
       '.view(x.contiguous().view(torch.uint8).shape)).sum().item()'
-    return Object.fromEntries(
-      Object.entries(this.#outputs()).map(([name, x]) => [name, valueOf(sum, { x }) as number]),
-    )
+    return Object.fromEntries(Object.entries(this.#outputs()).map(([name, x]) => [name, valueOf(sum, { x }) as number]))
   }
 }
 

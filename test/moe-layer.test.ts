@@ -1,8 +1,7 @@
 import { readFileSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 import test from 'ava'
-import { type Device, kw, type PyRef, Stream } from 'epmoe'
-import { type MoeLayerOptions, moeLayer } from 'epmoe'
+import { type Device, kw, type MoeLayerOptions, moeLayer, type PyRef, Stream } from 'epmoe'
 import { gpu, testDevices } from './helpers/devices.js'
 import { evaluate, python, torch, valueOf } from './helpers/python.js'
 

@@ -37,7 +37,7 @@ inTurn('kernels run in workers and in the main thread at the same time, each on 
   const workers = [1, 2, 3].map((seed) => start({ mode: 'kernels', calls: 300, seed }))
   const results = Promise.all(workers.map(resultOf))
   let running = true
-  results.finally(() => {
+  void results.finally(() => {
     running = false
   })
   let calls = 0

@@ -93,8 +93,8 @@ float bell(uint64_t seed, int64_t i) {
 }
 
 template <typename Element>
-constexpr int kDigits = Element::kDtype == EPMOE_FLOAT32   ? 24
-                        : Element::kDtype == EPMOE_FLOAT16 ? 11
+constexpr int kDigits = Element::kDtype == EPMOE_FLOAT32    ? 24
+                        : Element::kDtype == EPMOE_FLOAT16  ? 11
                         : Element::kDtype == EPMOE_BFLOAT16 ? 8
                                                             : 4;
 template <typename Element>

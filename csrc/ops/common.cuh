@@ -188,9 +188,8 @@ class Kernel {
   template <typename... Parameters>
   void launch(dim3 grid, dim3 block, void *stream, size_t shared, const Parameters &...parameters) {
     void *pointers[] = {const_cast<Parameters *>(&parameters)...};
-    cuda::expect_success(
-        cudaLaunchKernel(handle(), grid, block, pointers, shared, static_cast<cudaStream_t>(stream)),
-        "launching a kernel");
+    cuda::expect_success(cudaLaunchKernel(handle(), grid, block, pointers, shared, static_cast<cudaStream_t>(stream)),
+                         "launching a kernel");
   }
 
   // All blocks run at once and may wait for each other; no more than resident_blocks() an SM.

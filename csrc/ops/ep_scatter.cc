@@ -83,7 +83,8 @@ void run_cpu(const Call &call) {
 
 const Op kOp = {
     "ep_scatter",
-    "Places received rows in their experts' segments: segments are as long as num_recv_tokens_per_expert says and follow "
+    "Places received rows in their experts' segments: segments are as long as num_recv_tokens_per_expert says and "
+    "follow "
     "each other; within one, rows are in order of token and slot.",
     {"T", "H", "G", "K", "E", "M"},
     {

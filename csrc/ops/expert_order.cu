@@ -254,8 +254,8 @@ void run_cuda(const Problem &p) {
   if (p.slots <= kBlockSlots) {
     a.slots_per_warp = divide_up(divide_up(p.slots, warps), 32) * 32;
     const int filling = p.m_indices == nullptr ? 0 : divide_up(p.experts, warps);
-    gpu::kernel_of<&kernel<false>>().launch(dim3(1 + static_cast<unsigned>(filling)), dim3(threads), p.call->stream, shared,
-                                            a, 1);
+    gpu::kernel_of<&kernel<false>>().launch(dim3(1 + static_cast<unsigned>(filling)), dim3(threads), p.call->stream,
+                                            shared, a, 1);
     return;
   }
   auto &cooperative = gpu::kernel_of<&kernel<true>>();

@@ -20,11 +20,11 @@ struct Problem {
 
   void *src2dst = nullptr;
   bool src2dst_int64 = false;
-  int64_t *seg_indptr = nullptr;       // [experts + 1]
-  void *reorder_topk_ids = nullptr;    // [slots], of the dtype of topk_ids
-  int32_t *masked_m = nullptr;         // [experts]
+  int64_t *seg_indptr = nullptr;        // [experts + 1]
+  void *reorder_topk_ids = nullptr;     // [slots], of the dtype of topk_ids
+  int32_t *masked_m = nullptr;          // [experts]
   int32_t *expert_start_loc = nullptr;  // [experts]
-  int32_t *m_indices = nullptr;        // [row_count]
+  int32_t *m_indices = nullptr;         // [row_count]
 
   int ids_param = 0, limit_param = 0;  // name the arguments in reports
 };

@@ -42,7 +42,8 @@ EPMOE_INLINE float activate(float g) {
 
 #define EPMOE_ACTIVATION_LOOPS(Element, suffix)                                                                       \
   template <Function kFunction>                                                                                       \
-  EPMOE_INLINE void product(Element, float *out, const Element::Storage *gate, const Element::Storage *up, int64_t n) { \
+  EPMOE_INLINE void product(Element, float *out, const Element::Storage *gate, const Element::Storage *up,            \
+                            int64_t n) {                                                                              \
     for (int64_t i = 0; i < n; ++i) out[i] = activate<kFunction>(Element::widen(gate[i])) * Element::widen(up[i]);    \
   }                                                                                                                   \
   template <Function kFunction>                                                                                       \
@@ -103,23 +104,24 @@ class Activation {
 
   void run() {
     const int64_t each = p_.masked_m == nullptr ? p_.rows : p_.rows / p_.experts;
-    parallel_for(p_.rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, p_.width)), [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(static_cast<size_t>(p_.width));
-      for (int64_t row = begin; row < end; ++row) {
-        if (p_.masked_m != nullptr && row % each >= p_.masked_m[row / each]) continue;
-        int64_t expert = 0;
-        if (p_.reorder_topk_ids) {
-          const int64_t id = p_.reorder_topk_ids[row];
-          if (id < p_.start_expert_id || id > p_.end_expert_id) continue;
-          expert = id - p_.start_expert_id;
-          if (p_.scales != nullptr && expert >= p_.scale_count) {
-            bad_ids_.report(row);
-            continue;
-          }
-        }
-        move(row, expert, scratch.data());
-      }
-    });
+    parallel_for(p_.rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, p_.width)),
+                 [&](int64_t begin, int64_t end) {
+                   std::vector<float> scratch(static_cast<size_t>(p_.width));
+                   for (int64_t row = begin; row < end; ++row) {
+                     if (p_.masked_m != nullptr && row % each >= p_.masked_m[row / each]) continue;
+                     int64_t expert = 0;
+                     if (p_.reorder_topk_ids) {
+                       const int64_t id = p_.reorder_topk_ids[row];
+                       if (id < p_.start_expert_id || id > p_.end_expert_id) continue;
+                       expert = id - p_.start_expert_id;
+                       if (p_.scales != nullptr && expert >= p_.scale_count) {
+                         bad_ids_.report(row);
+                         continue;
+                       }
+                     }
+                     move(row, expert, scratch.data());
+                   }
+                 });
     if (bad_ids_.any()) {
       bad_ids_.raise("reorder_topk_ids", p_.reorder_topk_ids[bad_ids_.first()], p_.start_expert_id,
                      p_.start_expert_id + p_.scale_count, 1,
@@ -129,7 +131,8 @@ class Activation {
       if (p_.masked_m[e] <= each && p_.masked_m[e] >= 0) continue;
       Offence offence;
       offence.report(e);
-      offence.raise("masked_m", p_.masked_m[e], 0, each + 1, 1, "It was taken for the nearest end; the rest is computed");
+      offence.raise("masked_m", p_.masked_m[e], 0, each + 1, 1,
+                    "It was taken for the nearest end; the rest is computed");
     }
   }
 
@@ -239,14 +242,16 @@ Op describe(const char *name, const char *doc, void (*run_cpu)(const Call &)) {
                               "Receives the scales found, one for each 128 columns.")),
           integer("start_expert_id", 0, -kMaxInteger, kMaxInteger, "First local expert."),
           integer("end_expert_id", 2147483647, -kMaxInteger, kMaxInteger, "Last local expert, inclusive."),
-          choice("quantization", kQuantizations, 2,
-                 "static: by scales, if any. group: float8 by the largest magnitude of each 128 columns, NaN aside; 448 "
-                 "times the scale is that magnitude, or 1e-10 where it is smaller."),
+          choice(
+              "quantization", kQuantizations, 2,
+              "static: by scales, if any. group: float8 by the largest magnitude of each 128 columns, NaN aside; 448 "
+              "times the scale is that magnitude, or 1e-10 where it is smaller."),
           choice("scale_format", quantize::kScaleFormats, 2,
                  "Of the scales found: float32, or power_of_two, the next one up."),
-          choice("numerics", kNumericsChoices, 2,
-                 "fp32: float32 throughout, one final rounding. triton: the original kernel's arithmetic, the activation "
-                 "and each product rounded to the input dtype."),
+          choice(
+              "numerics", kNumericsChoices, 2,
+              "fp32: float32 throughout, one final rounding. triton: the original kernel's arithmetic, the activation "
+              "and each product rounded to the input dtype."),
       },
       validate,
       run_cpu,

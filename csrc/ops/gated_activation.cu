@@ -82,7 +82,8 @@ __device__ __forceinline__ float round_to(float x) {
 // A product of two values of T is exact in float32 for 16-bit types, so that rounding it once more is rounding it once.
 template <Function kFunction, bool kQuantises, bool kTriton, typename T>
 __device__ __forceinline__ float gated(float gate, float up) {
-  if constexpr (kTriton) return round_to<T>(__fmul_rn(round_to<T>(activate_as_triton<kFunction, kQuantises>(gate)), up));
+  if constexpr (kTriton)
+    return round_to<T>(__fmul_rn(round_to<T>(activate_as_triton<kFunction, kQuantises>(gate)), up));
   return __fmul_rn(activate<kFunction, T>(gate), up);
 }
 
@@ -167,7 +168,8 @@ Kernel &for_numerics(const Problem &p) {
 
 template <typename T, typename Out>
 Kernel &for_function(const Problem &p, bool vectors) {
-  if (p.function == kSilu) return vectors ? for_numerics<T, Out, true, kSilu>(p) : for_numerics<T, Out, false, kSilu>(p);
+  if (p.function == kSilu)
+    return vectors ? for_numerics<T, Out, true, kSilu>(p) : for_numerics<T, Out, false, kSilu>(p);
   return vectors ? for_numerics<T, Out, true, kGelu>(p) : for_numerics<T, Out, false, kGelu>(p);
 }
 

@@ -47,7 +47,7 @@ void gather_slots(const Problem &p, int64_t token, std::vector<Slot> &slots, Off
 constexpr int64_t kColumns = 1024;  // columns summed at a time: the accumulators stay in the first-level cache
 
 // The two loops that take the time, compiled once for each vector width the machine may have.
-#define EPMOE_GATHER_SUM_LOOPS(Element, suffix)                                                          \
+#define EPMOE_GATHER_SUM_LOOPS(Element, suffix)                                                            \
   EPMOE_SIMD void add_row_##suffix(float *acc, const Element::Storage *row, float weight, int64_t n) {     \
     for (int64_t i = 0; i < n; ++i) acc[i] = std::fma(Element::widen(row[i]), weight, acc[i]);             \
   }                                                                                                        \

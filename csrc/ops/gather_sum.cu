@@ -1,6 +1,6 @@
-// The weighted sum of rows on CUDA. One thread sums one 16-byte column group of one token over all its slots; a warp's lanes
-// resolve the slots together (one slot each) and hand rows and weights around by shuffles, so that all row loads of a
-// token are in flight before the first fma.
+// The weighted sum of rows on CUDA. One thread sums one 16-byte column group of one token over all its slots; a warp's
+// lanes resolve the slots together (one slot each) and hand rows and weights around by shuffles, so that all row loads
+// of a token are in flight before the first fma.
 #include <algorithm>
 
 #include "ops/common.cuh"
@@ -56,7 +56,8 @@ __device__ Slot resolve_slot(const Arguments &a, int64_t token, uint32_t k) {
   if (!local) return {kNoRow, 0.0f};
   const uint64_t row = static_cast<uint64_t>(destination) - static_cast<uint64_t>(a.dst_start);
   if (row >= a.row_count) {
-    gpu::report_index(a.status, a.op_index, a.src2dst_param, token, k, destination, a.dst_start, a.dst_start + a.row_count);
+    gpu::report_index(a.status, a.op_index, a.src2dst_param, token, k, destination, a.dst_start,
+                      a.dst_start + a.row_count);
     return {kNoRow, 0.0f};
   }
   return {static_cast<uint32_t>(row), weight};

@@ -17,8 +17,8 @@ struct Problem {
   int32_t dtype = EPMOE_FLOAT32;  // of rows, output and addends
   const void *rows = nullptr;
   void *output = nullptr;
-  Indices src2dst;  // absent: slot i has row i
-  Indices topk_ids;  // absent: a slot is local when src2dst is not negative
+  Indices src2dst;                // absent: slot i has row i
+  Indices topk_ids;               // absent: a slot is local when src2dst is not negative
   const void *weights = nullptr;  // absent: 1
   bool weights_float32 = false;
   const void *shared_output = nullptr;

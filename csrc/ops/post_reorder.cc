@@ -65,7 +65,8 @@ void run_cpu(const Call &call) { gather_sum::run_cpu(problem_of(call)); }
 const Op kOp = {
     "post_reorder",
     "Sums, for every token, the rows its local experts produced, each times the router's weight: output[t] = "
-    "routed_scaling_factor * sum over slots k of topk_weights[t,k] * down_output[src2dst[t,k] - dst_start] + shared_output[t] "
+    "routed_scaling_factor * sum over slots k of topk_weights[t,k] * down_output[src2dst[t,k] - dst_start] + "
+    "shared_output[t] "
     "+ residual[t]. Slots of "
     "experts outside [start_expert_id, end_expert_id] are skipped, their rows never read; a token without local slots "
     "gets zeros and what is added.",
@@ -79,8 +80,8 @@ const Op kOp = {
         optional(tensor_in("topk_ids", "T,K", kIndices,
                            "Expert of each slot; without it a slot is local when src2dst is not negative (DeepEP).")),
         tensor_in("topk_weights", "T,K", bit(EPMOE_FLOAT32), "Router weight of each slot.", kDownOutput),
-        optional(tensor_in("shared_output", "T,H", 0, "Added to the sum, e.g. the shared experts' output.",
-                           kDownOutput)),
+        optional(
+            tensor_in("shared_output", "T,H", 0, "Added to the sum, e.g. the shared experts' output.", kDownOutput)),
         optional(tensor_in("residual", "T,H", 0, "Added last.", kDownOutput)),
         integer("start_expert_id", 0, -kMaxInteger, kMaxInteger, "First local expert."),
         integer("end_expert_id", 2147483647, -kMaxInteger, kMaxInteger, "Last local expert, inclusive."),

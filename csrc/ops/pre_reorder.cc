@@ -68,8 +68,7 @@ void check_scales(const Call &call, const scatter_rows::Problem &p) {
   const int64_t local = p.end_expert_id - p.start_expert_id + 1;
   const int64_t needed = p.scale_axis == scatter_rows::kToken ? p.tokens : call.present[kEndExpertId] ? local : 1;
   if (p.scale_count < needed) {
-    fail(EPMOE_ERR_SHAPE, "a1_scales", "at least " + std::to_string(needed) + " scales",
-         std::to_string(p.scale_count),
+    fail(EPMOE_ERR_SHAPE, "a1_scales", "at least " + std::to_string(needed) + " scales", std::to_string(p.scale_count),
          p.scale_axis == scatter_rows::kToken ? "Pass one for each token" : "Pass one for each local expert");
   }
 }
@@ -80,8 +79,8 @@ void check_quantisation(const scatter_rows::Problem &p) {
          "Pass a float8_e4m3fn output, or quantization 'static'");
   }
   if (p.a1_scales != nullptr) {
-    fail(EPMOE_ERR_UNEXPECTED_ARGUMENT, "a1_scales", "nothing: quantization 'token' and 'group' find the scales", "a tensor",
-         "Leave one of the two out");
+    fail(EPMOE_ERR_UNEXPECTED_ARGUMENT, "a1_scales", "nothing: quantization 'token' and 'group' find the scales",
+         "a tensor", "Leave one of the two out");
   }
   if (p.output_scales == nullptr) {
     fail(EPMOE_ERR_MISSING_ARGUMENT, "output_scales", "a float32 tensor for the scales found", "nothing",
@@ -126,8 +125,10 @@ void run_cpu(const Call &call) { scatter_rows::run_cpu(problem_of(call)); }
 
 const Op kOp = {
     "pre_reorder",
-    "Copies each token's row to the rows of its local slots: gateup_input[src2dst[t,k] - dst_start] = input[t], divided "
-    "by a scale and converted on the way. Slots of experts outside [start_expert_id, end_expert_id] are skipped; rows of "
+    "Copies each token's row to the rows of its local slots: gateup_input[src2dst[t,k] - dst_start] = input[t], "
+    "divided "
+    "by a scale and converted on the way. Slots of experts outside [start_expert_id, end_expert_id] are skipped; rows "
+    "of "
     "no slot stay as they are.",
     {"T", "H", "R", "K", "S", "G"},
     {
@@ -146,8 +147,7 @@ const Op kOp = {
         integer("start_expert_id", 0, -kMaxInteger, kMaxInteger, "First local expert."),
         integer("end_expert_id", 2147483647, -kMaxInteger, kMaxInteger, "Last local expert, inclusive."),
         integer("dst_start", 0, -kMaxInteger, kMaxInteger, "Subtracted from src2dst to give the row."),
-        choice("scale_axis", kScaleAxes, 2,
-               "What indexes a1_scales: expert, counted from start_expert_id, or token."),
+        choice("scale_axis", kScaleAxes, 2, "What indexes a1_scales: expert, counted from start_expert_id, or token."),
         choice("quantization", kQuantizations, 3,
                "static: by a1_scales, if any. token, group: float8 by the largest magnitude of the row or of each 128 "
                "columns, NaN aside; 448 times the scale is that magnitude, or 1e-10 where it is smaller."),

@@ -13,7 +13,7 @@ enum Quantization { kStatic, kToken, kGroup };
 constexpr const char *kScaleFormats[] = {"float32", "power_of_two"};
 
 constexpr int64_t kGroupSize = 128;
-constexpr float kLargest = 448.0f;     // of float8_e4m3fn
+constexpr float kLargest = 448.0f;      // of float8_e4m3fn
 constexpr float kLeastAbsmax = 1e-10f;  // rows of zeros get a scale that divides
 
 inline int64_t groups_of(int64_t columns) { return (columns + kGroupSize - 1) / kGroupSize; }

@@ -15,12 +15,12 @@
 namespace epmoe::scatter_rows {
 namespace {
 
-#define EPMOE_WIDEN_LOOP(Element, suffix)                                                    \
-  EPMOE_SIMD void widen_##suffix(float *out, const Element::Storage *in, int64_t n) {        \
-    for (int64_t i = 0; i < n; ++i) out[i] = Element::widen(in[i]);                          \
-  }                                                                                          \
-  EPMOE_SIMD void narrow_##suffix(Element::Storage *out, const float *in, int64_t n) {       \
-    for (int64_t i = 0; i < n; ++i) out[i] = Element::narrow(in[i]);                         \
+#define EPMOE_WIDEN_LOOP(Element, suffix)                                              \
+  EPMOE_SIMD void widen_##suffix(float *out, const Element::Storage *in, int64_t n) {  \
+    for (int64_t i = 0; i < n; ++i) out[i] = Element::widen(in[i]);                    \
+  }                                                                                    \
+  EPMOE_SIMD void narrow_##suffix(Element::Storage *out, const float *in, int64_t n) { \
+    for (int64_t i = 0; i < n; ++i) out[i] = Element::narrow(in[i]);                   \
   }
 EPMOE_WIDEN_LOOP(Float32, float32)
 EPMOE_WIDEN_LOOP(Float16, float16)

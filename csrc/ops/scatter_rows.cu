@@ -56,7 +56,8 @@ __device__ __forceinline__ Slot resolve_slot(const Arguments &a, int64_t token, 
   }
   const uint64_t row = static_cast<uint64_t>(destination) - static_cast<uint64_t>(a.dst_start);
   if (row >= a.row_count)
-    gpu::report_index(a.status, a.op_index, a.src2dst_param, token, k, destination, a.dst_start, a.dst_start + a.row_count);
+    gpu::report_index(a.status, a.op_index, a.src2dst_param, token, k, destination, a.dst_start,
+                      a.dst_start + a.row_count);
   else
     slot.row = static_cast<uint32_t>(row);
   return slot;
@@ -287,7 +288,8 @@ void run_cuda(const Problem &p) {
     return choose(p, vectors).launch(dim3(blocks), dim3(threads), p.call->stream, 0, a);
   }
   const int threads = gpu::threads_for(octets);
-  choose(p, vectors).launch(grid_of(p.tokens, octets, threads), dim3(static_cast<unsigned>(threads)), p.call->stream, 0, a);
+  choose(p, vectors)
+      .launch(grid_of(p.tokens, octets, threads), dim3(static_cast<unsigned>(threads)), p.call->stream, 0, a);
 }
 
 }  // namespace epmoe::scatter_rows

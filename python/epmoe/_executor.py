@@ -1,7 +1,7 @@
 """One thread for Node's asynchronous work in Python.
 
-Jobs run in the order they came. The thread lives as long as the interpreter, so what is kept by thread (a CUDA stream, a
-device, grad mode) is the same for each job unless the job asks otherwise, and nothing a job asks for outlives it.
+Jobs run in the order they came. The thread lives as long as the interpreter, so what is kept by thread (a CUDA stream,
+a device, grad mode) is the same for each job unless the job asks otherwise, and nothing a job asks for outlives it.
 """
 
 import asyncio

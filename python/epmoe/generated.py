@@ -2,7 +2,17 @@
 
 from epmoe._call import invoke
 
-__all__ = ["ep_gather", "ep_scatter", "gelu_and_mul", "moe_sum_reduce", "post_reorder", "pre_reorder", "preprocess", "shuffle_mul_sum", "silu_and_mul"]
+__all__ = [
+    "ep_gather",
+    "ep_scatter",
+    "gelu_and_mul",
+    "moe_sum_reduce",
+    "post_reorder",
+    "pre_reorder",
+    "preprocess",
+    "shuffle_mul_sum",
+    "silu_and_mul",
+]
 
 
 def ep_gather(

@@ -8,7 +8,9 @@ export function pythonOf(ops: OpInfo[]): string {
     '',
     'from epmoe._call import invoke',
     '',
-    `__all__ = [${ops.map((op) => `"${op.name}"`).join(', ')}]`,
+    '__all__ = [',
+    ...ops.map((op) => `    "${op.name}",`),
+    ']',
     '',
     ...ops.map(opSource),
   ].join('\n')

@@ -9,7 +9,7 @@ import { groupScale, groupsOf, toFloat8 } from './quantise.js'
 import { Random } from './random.js'
 import { localRange } from './routing.js'
 import { type Spec as BaseSpec, caseOf, casesOf, type Family, parseCase } from './spec.js'
-import { decoderOf, roundsToInfinity, significantBits } from './values.js'
+import { decoderOf, itemsizeOf, roundsToInfinity, significantBits } from './values.js'
 
 interface Spec extends BaseSpec {
   /** Rows, width, experts. */
@@ -32,8 +32,8 @@ interface Spec extends BaseSpec {
 
 /** An activation in float64, and the magnitude of the terms that make it up. */
 interface Activation {
-  value(gate: number): number
-  size(gate: number): number
+  value: (gate: number) => number
+  size: (gate: number) => number
 }
 
 const alpha = 0.7978845608028654
@@ -130,6 +130,7 @@ function build(spec: Spec, name: 'silu' | 'gelu'): Problem {
       ...(quantization === 'group' ? { quantization } : {}),
       ...(format === 'float32' ? {} : { scale_format: format }),
     },
+    bytes: active.reduce((sum, one) => sum + one, 0) * I * (2 * itemsizeOf(spec.dtype) + itemsizeOf(dtype)),
     oracle: () => oracle(spec, activations[name], name, inputs, active, experts, rows),
     spoilers: [
       {

@@ -27,6 +27,8 @@ export interface Problem extends Disposable {
   scalars: Record<string, number | string>
   /** The truth in float64; belongs to the case, which may keep it for the next. */
   oracle(): Oracle
+  /** Bytes that the call has to read and to write, each once: what a bench divides by time. */
+  bytes: number
   /** Ways to spoil the call that a comparison must notice; each changes copies of the inputs. */
   spoilers: Spoiler[]
 }

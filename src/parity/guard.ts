@@ -1,6 +1,7 @@
 import type { DeviceLike } from '../device.js'
-import { type DType, dtypeFacts } from '../dtype.js'
+import type { DType } from '../dtype.js'
 import { Tensor } from '../tensor.js'
+import { itemsizeOf } from './values.js'
 
 const zone = 256 // bytes on either side, a multiple of every alignment a kernel may want
 const chunk = 2 ** 30
@@ -56,8 +57,4 @@ function bytesOf(tensor: Tensor, begin: number, end: number): Uint8Array {
   const part = tensor.view([(Math.min(end, tensor.nbytes) - begin) / itemsize], begin / itemsize)
   const { buffer, byteOffset, byteLength } = part.data
   return new Uint8Array(buffer, byteOffset, byteLength)
-}
-
-function itemsizeOf(dtype: DType): number {
-  return dtypeFacts(dtype, 'Guarded').itemsize
 }

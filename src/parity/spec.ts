@@ -21,7 +21,7 @@ export interface Family<Kind extends Spec> {
 
 export function caseOf<Kind extends Spec>(family: Family<Kind>, spec: Partial<Kind>): Case {
   const full = { ...family.defaults, ...spec }
-  const fields = Object.entries(full).map(([key, value]) => `${key}=${value}`)
+  const fields = Object.entries(full).map(([key, value]) => `${key}=${String(value)}`)
   return {
     name: `${family.op}/${fields.join(',')}`,
     op: family.op,

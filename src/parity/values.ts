@@ -1,5 +1,9 @@
-import type { DType, TypedArray } from '../dtype.js'
+import { type DType, dtypeFacts, type TypedArray } from '../dtype.js'
 import type { Tensor } from '../tensor.js'
+
+export function itemsizeOf(dtype: DType): number {
+  return dtypeFacts(dtype, 'parity').itemsize
+}
 
 /** Bits of a float's significand, the hidden one included. */
 export function significantBits(dtype: DType): number {

@@ -43,8 +43,7 @@ class Call {
     std::vector<epmoe_value> values(static_cast<size_t>(op_.n_params));
     memories_.resize(values.size());
     for (int32_t i = 0; i < op_.n_params; ++i) values[static_cast<size_t>(i)] = value(i);
-    const epmoe_status status =
-        epmoe_invoke(&op_, values.data(), op_.n_params, EPMOE_STREAM_AUTO, nullptr);
+    const epmoe_status status = epmoe_invoke(&op_, values.data(), op_.n_params, EPMOE_STREAM_AUTO, nullptr);
     if (status != EPMOE_ERR_INTERNAL) return;
     std::fprintf(stderr, "internal error of %s: %s\n", op_.name, epmoe_last_error()->message);
     std::abort();

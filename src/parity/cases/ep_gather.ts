@@ -9,7 +9,7 @@ import { Random } from '../random.js'
 import { localRange, type RoutingKind, route } from '../routing.js'
 import { type Spec as BaseSpec, caseOf, casesOf, type Family, parseCase } from '../spec.js'
 import { sumBounds, sumRows } from '../sums.js'
-import { decoderOf } from '../values.js'
+import { decoderOf, itemsizeOf } from '../values.js'
 
 interface Spec extends BaseSpec {
   T: number
@@ -75,6 +75,7 @@ function build(spec: Spec): Problem {
     inputs,
     outputs: () => ({ output_tensor: Guarded.create([T, H], dtype, shift) }),
     scalars: {},
+    bytes: (local.filter((id) => id >= 0).length + T) * H * itemsizeOf(dtype),
     oracle: () => {
       const expectation = new Expectation()
       const page = expectation.floats('output_tensor', [T, H], sumBounds(K, dtype, 1))

@@ -9,7 +9,7 @@ import { groupsOf } from '../quantise.js'
 import { Random } from '../random.js'
 import { localRange, type RoutingKind, route } from '../routing.js'
 import { type Spec as BaseSpec, caseOf, casesOf, type Family, parseCase } from '../spec.js'
-import { decoderOf } from '../values.js'
+import { decoderOf, itemsizeOf } from '../values.js'
 
 interface Spec extends BaseSpec {
   T: number
@@ -91,6 +91,7 @@ function build(spec: Spec): Problem {
       output_index: Guarded.create([T, K], 'int32'),
     }),
     scalars: {},
+    bytes: (ids.filter((id) => id >= 0).length + T) * H * itemsizeOf(dtype) + rows * 4,
     oracle: () => {
       const expectation = new Expectation()
       expectation.integers('expert_start_loc', [experts]).expected.set(starts)
@@ -99,7 +100,7 @@ function build(spec: Spec): Problem {
       const scales = inputs['recv_x_scale']?.tensor.data as Float32Array | undefined
       const scalePage = scales && expectation.floats('output_tensor_scale', [rows, groups])
       const mIndices = expectation.integers('m_indices', [rows]).expected
-      for (let e = 0; e < experts; e++) mIndices.fill(e, starts[e]!, starts[e]! + reserved[e]!)
+      for (let e = 0; e < experts; e++) mIndices.fill(e, starts[e], starts[e]! + reserved[e]!)
       expectation.integers('output_index', [T, K]).expected.set(index)
       index.forEach((row, slot) => {
         if (row < 0) return

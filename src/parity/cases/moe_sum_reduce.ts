@@ -8,6 +8,7 @@ import { presets } from '../presets.js'
 import { referenceNames } from '../references.js'
 import { type Spec as BaseSpec, caseOf, casesOf, type Family, parseCase } from '../spec.js'
 import { sumBounds, sumRows } from '../sums.js'
+import { itemsizeOf } from '../values.js'
 
 interface Spec extends BaseSpec {
   T: number
@@ -36,6 +37,7 @@ function build(spec: Spec): Problem {
     inputs,
     outputs: () => ({ output: Guarded.create([T, H], dtype, shift) }),
     scalars: factor === 1 ? {} : { routed_scaling_factor: factor },
+    bytes: (K + 1) * T * H * itemsizeOf(dtype),
     oracle: () => {
       const expectation = new Expectation()
       const page = expectation.floats('output', [T, H], sumBounds(K, dtype, factor))

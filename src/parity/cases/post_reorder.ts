@@ -12,7 +12,7 @@ import { Random } from '../random.js'
 import { localRange, markLocal, type Routing, type RoutingKind, route } from '../routing.js'
 import { type Spec as BaseSpec, caseOf, casesOf, type Family, parseCase } from '../spec.js'
 import { sumBounds, sumRows } from '../sums.js'
-import { decoderOf, rowsOf } from '../values.js'
+import { decoderOf, itemsizeOf, rowsOf } from '../values.js'
 
 interface Spec extends BaseSpec {
   /** Tokens, hidden size, top-k, experts. */
@@ -109,6 +109,7 @@ function build(spec: Spec): Problem {
     inputs,
     outputs: () => ({ output: Guarded.create([T, H], spec.dtype, spec.shift) }),
     scalars,
+    bytes: local.reduce((sum, one) => sum + one, T * (1 + spec.shared + spec.residual)) * H * itemsizeOf(spec.dtype),
     oracle: () => keptOracle.get({ ...spec, ids: 'int32' }, () => oracle(spec, inputs, local)),
     spoilers: spoilersOf(spec, local),
     [Symbol.dispose]: () => {

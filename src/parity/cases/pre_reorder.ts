@@ -10,7 +10,7 @@ import { groupScale, groupsOf, toFloat8 } from '../quantise.js'
 import { Random } from '../random.js'
 import { localRange, markLocal, type RoutingKind, route } from '../routing.js'
 import { type Spec as BaseSpec, caseOf, casesOf, type Family, parseCase } from '../spec.js'
-import { decoderOf } from '../values.js'
+import { decoderOf, itemsizeOf } from '../values.js'
 
 interface Spec extends BaseSpec {
   T: number
@@ -123,6 +123,7 @@ function build(spec: Spec): Problem {
       ...(findsScales ? { quantization } : {}),
       ...(format === 'float32' ? {} : { scale_format: format }),
     },
+    bytes: bytesOf(spec, local, dtype),
     oracle: () => oracle(spec, inputs, { local, row, rows, dstStart }, routing.topkIds, groups),
     spoilers: [
       {
@@ -147,6 +148,14 @@ function build(spec: Spec): Problem {
       for (const input of Object.values(inputs)) input[Symbol.dispose]()
     },
   }
+}
+
+/** Rows of tokens that have a local slot, read once, and a row written a local slot. */
+function bytesOf({ T, H, K, dtype }: Spec, local: Int32Array, out: DType): number {
+  let tokens = 0
+  for (let token = 0; token < T; token++) if (local.subarray(token * K, (token + 1) * K).includes(1)) tokens++
+  const slots = local.reduce((sum, one) => sum + one, 0)
+  return H * (tokens * itemsizeOf(dtype) + slots * itemsizeOf(out))
 }
 
 function inputOf({ T, H, dtype, seed, gain, shift, values }: Spec): Guarded {

@@ -7,6 +7,7 @@ import { presets } from '../presets.js'
 import { Random } from '../random.js'
 import { type RoutingKind, route } from '../routing.js'
 import { type Spec as BaseSpec, caseOf, casesOf, type Family, parseCase } from '../spec.js'
+import { itemsizeOf } from '../values.js'
 
 interface Spec extends BaseSpec {
   T: number
@@ -61,6 +62,7 @@ function build(spec: Spec): Problem {
       ...(spec.counts === 1 ? { masked_m: Guarded.create([E], 'int32') } : {}),
     }),
     scalars: { ...(negatives === 'counted' ? {} : { negatives }), ...(mMax === 0 ? {} : { m_max: mMax }) },
+    bytes: T * K * (2 * itemsizeOf(dtype) + itemsizeOf(dst)),
     oracle: () => oracle(spec, topkIds),
     spoilers: [
       {

@@ -10,7 +10,7 @@ import { referenceNames } from '../references.js'
 import { route } from '../routing.js'
 import { type Spec as BaseSpec, caseOf, casesOf, type Family, parseCase } from '../spec.js'
 import { sumBounds, sumRows } from '../sums.js'
-import { decoderOf } from '../values.js'
+import { decoderOf, itemsizeOf } from '../values.js'
 
 interface Spec extends BaseSpec {
   T: number
@@ -62,6 +62,7 @@ function build(spec: Spec): Problem {
     inputs,
     outputs: () => ({ output: Guarded.create([T, H], dtype, shift) }),
     scalars: {},
+    bytes: (skip.filter((one) => one === 0).length + T) * H * itemsizeOf(dtype),
     oracle: () => {
       const expectation = new Expectation()
       const page = expectation.floats('output', [T, H], sumBounds(K, dtype, 1))

@@ -1,0 +1,186 @@
+"""Times implementations of one call side by side: interleaved, until the medians are known well enough.
+
+On CUDA a sample is a replay of a graph that holds many calls, so that no launch is in it; on the CPU, a run of calls.
+"Cold" calls rotate over copies of the arguments that together exceed the caches.
+"""
+
+import math
+import statistics
+import time
+
+import torch
+
+from epmoe import references
+
+__all__ = ["call_of", "copy_rate", "measure"]
+
+
+def call_of(op, name, arguments):
+    """A callable of no arguments, or why there is none. ``name`` is epmoe, epmoe:triton-numerics, or a reference's."""
+    if name.startswith("epmoe"):
+        import epmoe
+
+        function = getattr(epmoe, op)
+        more = {"numerics": "triton"} if name.endswith("triton-numerics") else {}
+        return lambda: function(**arguments, **more)
+    if name == "torch.compile":
+        function = torch.compile(references.references_of(op)["torch"].run)
+        return lambda: function(**arguments)
+    reference = references.references_of(op)[name]
+    problem = reference.problem() or reference.objection(**arguments)
+    return problem or (lambda: reference.run(**arguments))
+
+
+def _clone(arguments):
+    return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
+
+
+def _nbytes(arguments):
+    return sum(value.nbytes for value in arguments.values() if isinstance(value, torch.Tensor))
+
+
+def copy_rate(device, nbytes):
+    """Bytes read plus written a second by a copy of so many bytes: what memory gives a kernel that only moves."""
+    source = torch.ones(nbytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    samples = _Clock(device, [lambda: target.copy_(source)]).samples(9)
+    return 2 * nbytes / statistics.median(samples)
+
+
+class _Clock:
+    """Seconds a call, of calls that are made in turn."""
+
+    def __init__(self, device, calls):
+        self.cuda = torch.device(device).type == "cuda"
+        self.calls = calls
+        self.graph = None
+        self.note = ""
+        for call in calls:
+            call()
+        if self.cuda:
+            self._capture()
+        self.repeats = max(1, math.ceil(0.002 / max(1e-7, self._once())) if self.graph is None else 1)
+
+    def _capture(self):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for call in self.calls:
+            call()
+        torch.cuda.synchronize()
+        each = (time.perf_counter() - begin) / len(self.calls)
+        self.count = max(len(self.calls), min(2000, math.ceil(0.001 / max(1e-6, each))))
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                for i in range(self.count):
+                    self.calls[i % len(self.calls)]()
+            self.graph = graph
+        except Exception as error:  # waits for the GPU, allocates outside the pool, ...
+            torch.cuda.synchronize()
+            self.note = f"not captured: {type(error).__name__}"
+
+    def _once(self):
+        if self.graph is not None:
+            return self._replay()
+        begin = time.perf_counter()
+        for call in self.calls:
+            call()
+        if self.cuda:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - begin) / len(self.calls)
+
+    def _replay(self):
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        self.graph.replay()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) * 1e-3 / self.count
+
+    def sample(self):
+        if self.graph is not None:
+            return self._replay()
+        return sum(self._once() for _ in range(self.repeats)) / self.repeats
+
+    def samples(self, count):
+        self.sample()
+        return [self.sample() for _ in range(count)]
+
+    def launch(self):
+        """Seconds of the host's time a call, on CUDA; the CPU has no launch apart from the work."""
+        if not self.cuda:
+            return None
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(100):
+            self.calls[0]()
+        spent = (time.perf_counter() - begin) / 100
+        torch.cuda.synchronize()
+        return spent
+
+
+def _outputs_agree(ours, theirs, outputs):
+    """None, or what differs: a timing of a wrong answer is worth nothing. Parity says how close."""
+    for name in outputs:
+        a, b = ours[name], theirs[name]
+        if not a.dtype.is_floating_point:
+            if not torch.equal(a, b):
+                return f"{name} differs"
+            continue
+        a, b = a.float(), b.float()
+        both = torch.isfinite(a) & torch.isfinite(b)
+        if not torch.equal(torch.isfinite(a), torch.isfinite(b)):
+            return f"{name} is not finite in the same places"
+        a, b = a[both], b[both]
+        if (a - b).norm() > 0.03 * b.norm() + 1e-6:
+            return f"{name} differs"
+    return None
+
+
+def measure(op, names, arguments, outputs, seconds, cold_bytes):
+    """Times each named implementation on the same arguments.
+
+    Returns ``{name: {"samples": [s], "cold": bool, "launch": s or None, "problem": str or None, "note": str}}``. Spread
+    is for the caller to judge: sampling stops when every median is known to half a percent, or after ``seconds``.
+    """
+    device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
+    copies = max(1, min(64, math.ceil(cold_bytes / max(1, _nbytes(arguments))))) if cold_bytes else 1
+    results, clocks, reference = {}, {}, None
+    for name in names:
+        sets = [arguments if i == 0 and copies == 1 else _clone(arguments) for i in range(copies)]
+        calls = [call_of(op, name, each) for each in sets]
+        problem = calls[0] if isinstance(calls[0], str) else None
+        results[name] = {"samples": [], "launch": None, "problem": problem, "note": "", "cold": copies > 1}
+        if problem:
+            continue
+        try:
+            for call in calls:
+                call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            made = {key: sets[0][key].clone() for key in outputs}
+            reference = reference or made
+            results[name]["problem"] = _outputs_agree(made, reference, outputs)
+            clock = _Clock(device, calls)
+        except Exception as error:
+            results[name]["problem"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            continue
+        if results[name]["problem"] is None:
+            clocks[name] = clock
+            results[name].update(launch=clock.launch(), note=clock.note)
+    until = time.perf_counter() + seconds
+    while clocks:
+        for name, clock in clocks.items():
+            results[name]["samples"].append(clock.sample())
+        known = all(_uncertainty(results[name]["samples"]) < 0.005 for name in clocks)
+        if known or time.perf_counter() > until:
+            break
+    return results
+
+
+def _uncertainty(samples):
+    """Of the median, relative: the quartiles' distance over the root of the count. Infinite for a few samples."""
+    if len(samples) < 9:
+        return math.inf
+    low, middle, high = statistics.quantiles(samples, n=4)
+    return (high - low) / middle / math.sqrt(len(samples))
