@@ -73,6 +73,12 @@ EPMOE_GATHER_SUM_LOOPS(Float32, float32)
 EPMOE_GATHER_SUM_LOOPS(Float16, float16)
 EPMOE_GATHER_SUM_LOOPS(BFloat16, bfloat16)
 
+template <typename Storage>
+void prefetch(const Storage *row, int64_t n) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Storage));
+  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(row + i);
+}
+
 // Columns [column, column + n) of one token.
 template <typename Element>
 void sum_columns(const Problem &p, const std::vector<Slot> &slots, int64_t token, int64_t column, int64_t n) {
@@ -84,7 +90,11 @@ void sum_columns(const Problem &p, const std::vector<Slot> &slots, int64_t token
   Storage *out = static_cast<Storage *>(p.output) + at;
   if (p.numerics == kFp32) {
     float acc[kColumns] = {};
-    for (const Slot &slot : slots) add_row(Element(), acc, rows + slot.row * p.hidden, slot.weight, n);
+    for (size_t k = 0; k < slots.size(); ++k) {
+      // Rows lie anywhere: without a hint each would be waited for in turn.
+      if (k + 1 < slots.size()) prefetch(rows + slots[k + 1].row * p.hidden, n);
+      add_row(Element(), acc, rows + slots[k].row * p.hidden, slots[k].weight, n);
+    }
     const bool addends = shared != nullptr || residual != nullptr;
     if (addends && p.factor != 1.0f) {
       for (int64_t i = 0; i < n; ++i) acc[i] *= p.factor;
