@@ -50,6 +50,8 @@ export default function host(): void {
   rows.push(['postReorder, checks only (T = 0), Node', median(() => postReorder(idle), drain)])
   rows.push(['postReorder, five Tensors, Node', median(() => postReorder(asTensors), drain)])
   rows.push(['postReorder, five torch tensors, Node', median(() => postReorder(asTorch), drain)])
+  using prepared = postReorder.prepare(asTensors)
+  rows.push(['postReorder, prepared, Node', median(() => prepared.run(), drain)])
   for (const [label, time] of Object.entries(
     bench.method('python_calls', made, calls, rounds).toJS() as Record<string, number>,
   )) {

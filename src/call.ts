@@ -3,6 +3,7 @@ import { pythonAddress, torchBridge } from './foreign.js'
 import { native, type OpInfo } from './native.js'
 import type { PyRef } from './python/ref.js'
 import type { TorchTensor } from './python/torch.js'
+import { enterScope, leaveScope } from './scope.js'
 import { Stream } from './stream.js'
 import { notATensor, Tensor } from './tensor.js'
 
@@ -27,6 +28,7 @@ export class Op {
   readonly info: OpInfo
   #given = 0
   #temporary: Tensor[] | undefined
+  #prepares = false
 
   constructor(name: string) {
     const ops = native().ops()
@@ -65,6 +67,7 @@ export class Op {
   begin(args: object): void {
     this.#given = 0
     this.#temporary = undefined
+    this.#prepares = false
     if (typeof args === 'object' && args !== null) return
     throw new EpmoeError({
       code: 'ERR_MISSING_ARGUMENT',
@@ -92,7 +95,7 @@ export class Op {
     const address = pythonAddress(value)
     if (address === undefined) throw notATensor(this.name, argument, value)
     torchBridge(this.name)
-    if (native().python.hasExchange()) {
+    if (!this.#prepares && native().python.hasExchange()) {
       words[slot] = address
       kinds[slot] = object
       return
@@ -134,23 +137,51 @@ export class Op {
   }
 
   run(args: object, stream: Stream | undefined): void {
-    let given = 0
-    for (const key in args) if ((args as Record<string, unknown>)[key] !== undefined) given++
-    if (given !== this.#given + (stream === undefined ? 0 : 1)) this.#unexpected(args)
-    kinds[streamSlot + 1] = this.#index
-    kinds[streamSlot] = 0
-    if (stream !== undefined) {
-      if (!(stream instanceof Stream)) throw this.#wrong('stream', 'a Stream', stream)
-      words[streamSlot] = stream.address
-      kinds[streamSlot] = 1
-    } else if (this.#temporary !== undefined) {
-      this.#useTorchStream(this.#temporary)
-    }
+    this.#end(args, stream)
     try {
       native().invoke()
     } finally {
       if (this.#temporary !== undefined) for (const tensor of this.#temporary) tensor.dispose()
       this.#temporary = undefined
+    }
+  }
+
+  /** Begins a call that is to be prepared: it takes its own hold of torch's tensors. */
+  beginPrepared(args: object): void {
+    this.begin(args)
+    this.#prepares = true
+  }
+
+  /** Checks the call that was put, and keeps it. */
+  prepare(args: object, stream: Stream | undefined): PreparedCall {
+    const held = this.#temporary ?? []
+    try {
+      // The stream is looked up at each run: torch's current one changes.
+      this.#end(args, undefined, stream)
+      return new PreparedCall(native().prepare(), this.name, held, stream)
+    } catch (error) {
+      for (const tensor of held) tensor.dispose()
+      throw error
+    } finally {
+      this.#prepares = false
+      this.#temporary = undefined
+    }
+  }
+
+  /** What follows the arguments in the frame: the op, and the stream. */
+  #end(args: object, stream: Stream | undefined, later?: Stream): void {
+    let given = 0
+    for (const key in args) if ((args as Record<string, unknown>)[key] !== undefined) given++
+    if (given !== this.#given + ((stream ?? later) === undefined ? 0 : 1)) this.#unexpected(args)
+    kinds[streamSlot + 1] = this.#index
+    kinds[streamSlot] = 0
+    for (const each of [stream, later]) {
+      if (each !== undefined && !(each instanceof Stream)) throw this.#wrong('stream', 'a Stream', each)
+    }
+    if (stream !== undefined) {
+      useStream(stream)
+    } else if (this.#temporary !== undefined && !this.#prepares) {
+      this.#useTorchStream(this.#temporary)
     }
   }
 
@@ -188,3 +219,54 @@ export class Op {
     })
   }
 }
+
+function useStream(stream: Stream | undefined): void {
+  kinds[streamSlot] = stream === undefined ? 0 : 1
+  if (stream !== undefined) words[streamSlot] = stream.address
+}
+
+/**
+ * A call whose arguments were checked once, to be made many times: `run()` costs little more than the launch. The
+ * contents of the tensors may change between runs; the tensors must stay. Dispose it when done.
+ */
+export class PreparedCall implements Disposable {
+  #number: number
+  readonly #name: string
+  readonly #held: Tensor[]
+  readonly #stream: Stream | undefined
+
+  /** Made by an op's prepare(). */
+  constructor(number: number, name: string, held: Tensor[], stream: Stream | undefined) {
+    this.#number = number
+    this.#name = name
+    this.#held = held
+    this.#stream = stream
+    preparedCalls.register(this, number, this)
+    enterScope(this)
+  }
+
+  /** Runs the op as it was prepared; throws what the op itself would throw of indices in its tensors. */
+  run(): void {
+    useStream(this.#stream)
+    native().runPrepared(this.#number)
+  }
+
+  dispose(): void {
+    if (this.#number === 0) return
+    preparedCalls.unregister(this)
+    native().forgetPrepared(this.#number)
+    for (const tensor of this.#held) tensor.dispose()
+    this.#number = 0
+    leaveScope(this)
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose()
+  }
+
+  toString(): string {
+    return `PreparedCall(${this.#name}${this.#number === 0 ? ', disposed' : ''})`
+  }
+}
+
+const preparedCalls = new FinalizationRegistry<number>((number) => native().forgetPrepared(number))

@@ -1,4 +1,4 @@
-export type { TensorLike } from './call.js'
+export type { PreparedCall, TensorLike } from './call.js'
 export type { Device, DeviceLike } from './device.js'
 export { cpuThreads, deviceFacts, devices, setCpuThreads } from './device.js'
 export type { DType, TypedArray } from './dtype.js'

@@ -74,6 +74,10 @@ export interface Native {
   setErrorMaker(maker: typeof nativeError): void
   /** Runs the op whose index and arguments stand in the frame. */
   invoke(): void
+  /** Checks the call that stands in the frame and keeps it; returns its number. */
+  prepare(): number
+  runPrepared(call: number): void
+  forgetPrepared(call: number): void
   ops(): OpInfo[]
   tensor: {
     empty(shape: number[], dtype: number, deviceType: number, deviceId: number): NativeTensor

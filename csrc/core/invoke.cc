@@ -1,4 +1,5 @@
 // One path for every op: check, leave early when there is nothing to write, choose the stream, run.
+#include <memory>
 #include <string>
 
 #include "core/check.h"
@@ -21,16 +22,18 @@ bool writes_nothing(const Call &call) {
   return true;
 }
 
-void run(const OpEntry &entry, Call &call, bool foreign, int32_t stream_mode, void *stream) {
+// What only a look at all arguments can tell.
+void check_whole(const OpEntry &entry, const Call &call) {
   if (entry.op->validate != nullptr) entry.op->validate(call);
-  if (writes_nothing(call)) return;
+  if (call.device.device_type == kDLCPU || entry.run_cuda != nullptr) return;
+  fail(EPMOE_ERR_NO_CUDA, "", "CPU tensors: this build of epmoe has no CUDA kernels", "tensors on cuda",
+       "Install the CUDA toolkit and build epmoe again, or move the tensors to the CPU");
+}
+
+void run(const OpEntry &entry, Call &call, bool foreign, int32_t stream_mode, void *stream) {
   if (call.device.device_type == kDLCPU) {
     entry.op->run_cpu(call);
     return;
-  }
-  if (entry.run_cuda == nullptr) {
-    fail(EPMOE_ERR_NO_CUDA, "", "CPU tensors: this build of epmoe has no CUDA kernels", "tensors on cuda",
-         "Install the CUDA toolkit and build epmoe again, or move the tensors to the CPU");
   }
   const cuda::DeviceGuard guard(call.device.device_id);
   if (stream_mode == EPMOE_STREAM_GIVEN)
@@ -38,6 +41,25 @@ void run(const OpEntry &entry, Call &call, bool foreign, int32_t stream_mode, vo
   else
     call.stream = foreign ? foreign_stream(call.device.device_id) : cuda::own_stream(call.device.device_id);
   entry.run_cuda(call);
+}
+
+const OpEntry &entry_of(const epmoe_op_info *op) {
+  const OpEntry *entry = find_entry(op);
+  if (entry == nullptr) {
+    fail(EPMOE_ERR_UNKNOWN_OP, "", "an op of this library", "a pointer it does not know", "Use epmoe_op_find()");
+  }
+  return *entry;
+}
+
+// Failures inside name the op.
+template <typename Body>
+void naming(const OpEntry &entry, const Body &body) {
+  try {
+    body();
+  } catch (Failure &failure) {
+    failure.op = entry.op->name;
+    throw;
+  }
 }
 
 }  // namespace
@@ -51,18 +73,47 @@ extern "C" epmoe_status epmoe_invoke(const epmoe_op_info *op, const epmoe_value 
                                      int32_t stream_mode, void *stream) {
   using namespace epmoe;
   return guarded([&] {
-    const OpEntry *entry = find_entry(op);
-    if (entry == nullptr) {
-      fail(EPMOE_ERR_UNKNOWN_OP, "", "an op of this library", "a pointer it does not know", "Use epmoe_op_find()");
-    }
-    Call call;
-    bool foreign = false;
-    try {
-      check_call(*entry, values, n_values, &call, &foreign);
-      run(*entry, call, foreign, stream_mode, stream);
-    } catch (Failure &failure) {
-      failure.op = entry->op->name;
-      throw;
-    }
+    const OpEntry &entry = entry_of(op);
+    naming(entry, [&] {
+      Call call;
+      bool foreign = false;
+      check_call(entry, values, n_values, &call, &foreign);
+      check_whole(entry, call);
+      if (!writes_nothing(call)) run(entry, call, foreign, stream_mode, stream);
+    });
   });
 }
+
+struct epmoe_prepared {
+  epmoe::Call call;
+  bool foreign = false;
+  bool idle = false;  // there is nothing to write
+};
+
+extern "C" epmoe_status epmoe_prepare(const epmoe_op_info *op, const epmoe_value *values, int32_t n_values,
+                                      epmoe_prepared **out) {
+  using namespace epmoe;
+  return guarded([&] {
+    const OpEntry &entry = entry_of(op);
+    auto prepared = std::make_unique<epmoe_prepared>();
+    naming(entry, [&] {
+      check_call(entry, values, n_values, &prepared->call, &prepared->foreign);
+      check_whole(entry, prepared->call);
+    });
+    prepared->idle = writes_nothing(prepared->call);
+    // Shapes and strides belong to the caller, who may let go of them; kernels know sizes by the axes.
+    for (DLTensor &tensor : prepared->call.tensors) tensor.shape = tensor.strides = nullptr;
+    *out = prepared.release();
+  });
+}
+
+extern "C" epmoe_status epmoe_prepared_run(const epmoe_prepared *prepared, int32_t stream_mode, void *stream) {
+  using namespace epmoe;
+  if (prepared->idle) return EPMOE_OK;
+  return guarded([&] {
+    Call call = prepared->call;  // a call of its own for each thread
+    naming(*call.entry, [&] { run(*call.entry, call, prepared->foreign, stream_mode, stream); });
+  });
+}
+
+extern "C" void epmoe_prepared_free(epmoe_prepared *prepared) { delete prepared; }

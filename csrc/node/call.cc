@@ -10,6 +10,16 @@ namespace {
   environment.raise(code, op.name, op.params[index].name, "a tensor", received, hint);
 }
 
+// The stream that the frame asks for, or else torch's current one when a tensor is torch's, or else our own.
+void *stream_of(Environment &environment, int32_t gpu, bool foreign) {
+  const Frame &frame = *environment.frame;
+  void *stream = reinterpret_cast<void *>(static_cast<uintptr_t>(frame.word[kMaxValues]));
+  if (frame.kind[kMaxValues] != EPMOE_STREAM_GIVEN) {
+    environment.require(foreign ? epmoe_stream_foreign(gpu, &stream) : epmoe_stream_own(gpu, &stream));
+  }
+  return stream;
+}
+
 // One call's tensors: those of handles, and descriptions of Python's.
 class Arguments {
  public:
@@ -22,12 +32,9 @@ class Arguments {
   // Runs the op on the stream asked for, or else torch's current stream when a tensor is torch's, or else our own.
   // Tensors that were last used on another stream are waited for.
   epmoe_status run() {
-    const Frame &frame = *environment_.frame;
-    void *stream = reinterpret_cast<void *>(static_cast<uintptr_t>(frame.word[kMaxValues]));
+    void *stream = nullptr;
     if (gpu_ >= 0) {
-      if (frame.kind[kMaxValues] != EPMOE_STREAM_GIVEN) {
-        environment_.require(foreign_ ? epmoe_stream_foreign(gpu_, &stream) : epmoe_stream_own(gpu_, &stream));
-      }
+      stream = stream_of(environment_, gpu_, foreign_);
       for (int32_t i = 0; i < op_.n_params; ++i) {
         if (records_[i] != nullptr && records_[i]->dl.device.device_type == kDLCUDA) {
           environment_.follow(*records_[i], stream);
@@ -35,6 +42,22 @@ class Arguments {
       }
     }
     return epmoe_invoke(&op_, values_, op_.n_params, EPMOE_STREAM_GIVEN, stream);
+  }
+
+  // Keeps the call for later; its tensors are all handles, which JavaScript has seen to.
+  double prepare() {
+    Environment::Prepared prepared;
+    epmoe_prepared *call = nullptr;
+    environment_.require(epmoe_prepare(&op_, values_, op_.n_params, &call));
+    prepared.call.reset(call);
+    for (int32_t i = 0; i < op_.n_params; ++i) {
+      if (records_[i] != nullptr) prepared.handles.push_back(environment_.frame->word[i]);
+    }
+    prepared.gpu = gpu_;
+    prepared.foreign = foreign_;
+    const double number = ++environment_.last_prepared;
+    environment_.prepared.emplace(number, std::move(prepared));
+    return number;
   }
 
  private:
@@ -103,6 +126,60 @@ class Arguments {
   bool foreign_ = false;
 };
 
+const epmoe_op_info &op_of_frame(Environment &environment) {
+  const epmoe_op_info *op = epmoe_op_at(environment.frame->op);
+  if (op == nullptr || op->n_params > kMaxValues) {
+    environment.raise("ERR_UNKNOWN_OP", "", "", "an op of this library", "an index past its table", "");
+  }
+  return *op;
+}
+
+// Prepares the call that stands in the frame; returns its number.
+Napi::Value prepare(const Napi::CallbackInfo &info) {
+  Environment &environment = Environment::of(info.Env());
+  return Napi::Number::New(info.Env(), Arguments(environment, op_of_frame(environment)).prepare());
+}
+
+void run_prepared_call(Environment &environment, double number) {
+  const auto found = environment.prepared.find(number);
+  if (found == environment.prepared.end()) {
+    environment.raise("ERR_DISPOSED", "PreparedCall", "", "a live call", "a disposed one", "Keep it until its last use");
+  }
+  const Environment::Prepared &prepared = found->second;
+  void *stream = prepared.gpu < 0 ? nullptr : stream_of(environment, prepared.gpu, prepared.foreign);
+  for (const double handle : prepared.handles) {
+    TensorRecord *record = environment.find(handle);
+    if (record == nullptr) {
+      environment.raise("ERR_DISPOSED", "PreparedCall", "", "live tensors", "one that was disposed",
+                        "Keep them until the call's last run");
+    }
+    if (record->dl.device.device_type == kDLCUDA) environment.follow(*record, stream);
+  }
+  environment.require(epmoe_prepared_run(prepared.call.get(), EPMOE_STREAM_GIVEN, stream));
+}
+
+// (number), in the bare C interface for the same reason as invoke() below.
+napi_value run_prepared(napi_env env, napi_callback_info info) {
+  void *data = nullptr;
+  size_t count = 1;
+  napi_value argument = nullptr;
+  napi_get_cb_info(env, info, &count, &argument, nullptr, &data);
+  double number = 0;
+  napi_get_value_double(env, argument, &number);
+  try {
+    run_prepared_call(*static_cast<Environment *>(data), number);
+  } catch (const Napi::Error &error) {
+    error.ThrowAsJavaScriptException();
+  } catch (const std::exception &error) {
+    napi_throw_error(env, "ERR_INTERNAL", error.what());
+  }
+  return nullptr;
+}
+
+void forget_prepared(const Napi::CallbackInfo &info) {
+  Environment::of(info.Env()).prepared.erase(info[0].As<Napi::Number>().DoubleValue());
+}
+
 // Runs the op whose index stands in the frame, on the frame's values. In the bare C interface, without arguments or a
 // result: what a wrapper does for comfort would be a third of the cost of the call.
 napi_value invoke(napi_env env, napi_callback_info info) {
@@ -110,11 +187,7 @@ napi_value invoke(napi_env env, napi_callback_info info) {
   napi_get_cb_info(env, info, nullptr, nullptr, nullptr, &data);
   auto &environment = *static_cast<Environment *>(data);
   try {
-    const epmoe_op_info *op = epmoe_op_at(environment.frame->op);
-    if (op == nullptr || op->n_params > kMaxValues) {
-      environment.raise("ERR_UNKNOWN_OP", "", "", "an op of this library", "an index past its table", "");
-    }
-    environment.require(Arguments(environment, *op).run());
+    environment.require(Arguments(environment, op_of_frame(environment)).run());
   } catch (const Napi::Error &error) {
     error.ThrowAsJavaScriptException();
   } catch (const std::exception &error) {
@@ -176,6 +249,10 @@ void export_calls(Napi::Env env, Napi::Object exports) {
   napi_value function = nullptr;
   napi_create_function(env, "invoke", NAPI_AUTO_LENGTH, invoke, &Environment::of(env), &function);
   exports["invoke"] = Napi::Value(env, function);
+  napi_create_function(env, "runPrepared", NAPI_AUTO_LENGTH, run_prepared, &Environment::of(env), &function);
+  exports["runPrepared"] = Napi::Value(env, function);
+  exports["prepare"] = Napi::Function::New(env, prepare);
+  exports["forgetPrepared"] = Napi::Function::New(env, forget_prepared);
   exports["ops"] = Napi::Function::New(env, ops);
 }
 

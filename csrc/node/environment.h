@@ -96,6 +96,16 @@ class Environment {
   // Called before a stream is destroyed: waits for it, and forgets it in every tensor.
   void forget_stream(int32_t device_id, void *stream);
 
+  // Calls that were prepared, by number; a number is not used again.
+  struct Prepared {
+    std::unique_ptr<epmoe_prepared, decltype(&epmoe_prepared_free)> call{nullptr, epmoe_prepared_free};
+    std::vector<double> handles;  // of its tensors
+    int32_t gpu = -1;
+    bool foreign = false;
+  };
+  std::map<double, Prepared> prepared;
+  double last_prepared = 0;
+
   void drain();
   [[noreturn]] void raise(const char *argument = nullptr);  // throws the library's last error as an EpmoeError
   [[noreturn]] void raise(const char *code, const std::string &op, const std::string &argument,

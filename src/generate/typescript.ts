@@ -7,7 +7,7 @@ export function typescriptOf(ops: OpInfo[]): string {
   return [
     "// Generated from the library's descriptors by `npm run generate`; a test proves it fresh.",
     '/* biome-ignore-all format: generated */',
-    "import { Op, type TensorLike } from '../call.js'",
+    "import { Op, type PreparedCall, type TensorLike } from '../call.js'",
     "import type { Stream } from '../stream.js'",
     '',
     ...ops.map(opSource),
@@ -18,6 +18,7 @@ function opSource(op: OpInfo): string {
   const name = camelCase(op.name)
   const type = `${name[0]?.toUpperCase()}${name.slice(1)}Arguments`
   const variable = `${name}Op`
+  const putter = `put${type.replace(/Arguments$/, '')}`
   const output = op.params.find((param) => param.role === 'out')
   const returned = output === undefined ? 'void' : 'Output'
   const generic = output === undefined ? '' : '<Output extends TensorLike>'
@@ -42,9 +43,21 @@ function opSource(op: OpInfo): string {
     `export function ${name}${generic}(args: ${argumentType}): ${returned} {`,
     `  const op = (${variable} ??= new Op('${op.name}'))`,
     '  op.begin(args)',
-    ...op.params.map((param, slot) => `  ${put(param, slot)}`),
+    `  ${putter}(op, args)`,
     '  op.run(args, args.stream)',
     ...(output === undefined ? [] : [`  return args.${camelCase(output.name)}`]),
+    '}',
+    '',
+    `function ${putter}(op: Op, args: ${type}): void {`,
+    ...op.params.map((param, slot) => `  ${put(param, slot)}`),
+    '}',
+    '',
+    '/** Checks the arguments once, for a call that is made many times. */',
+    `${name}.prepare = (args: ${type}): PreparedCall => {`,
+    `  const op = (${variable} ??= new Op('${op.name}'))`,
+    '  op.beginPrepared(args)',
+    `  ${putter}(op, args)`,
+    '  return op.prepare(args, args.stream)',
     '}',
     '',
   ].join('\n')

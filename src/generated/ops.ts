@@ -1,6 +1,6 @@
 // Generated from the library's descriptors by `npm run generate`; a test proves it fresh.
 /* biome-ignore-all format: generated */
-import { Op, type TensorLike } from '../call.js'
+import { Op, type PreparedCall, type TensorLike } from '../call.js'
 import type { Stream } from '../stream.js'
 
 /** Arguments of epGather. Tensors are contiguous and on one device; axes of one name have one length. */
@@ -30,13 +30,25 @@ let epGatherOp: Op | undefined
 export function epGather<Output extends TensorLike>(args: EpGatherArguments & { outputTensor: Output }): Output {
   const op = (epGatherOp ??= new Op('ep_gather'))
   op.begin(args)
+  putEpGather(op, args)
+  op.run(args, args.stream)
+  return args.outputTensor
+}
+
+function putEpGather(op: Op, args: EpGatherArguments): void {
   op.tensor(0, 'inputTensor', args.inputTensor)
   op.tensor(1, 'recvTopkIds', args.recvTopkIds)
   op.tensor(2, 'recvTopkWeight', args.recvTopkWeight)
   op.tensor(3, 'inputIndex', args.inputIndex)
   op.tensor(4, 'outputTensor', args.outputTensor)
-  op.run(args, args.stream)
-  return args.outputTensor
+}
+
+/** Checks the arguments once, for a call that is made many times. */
+epGather.prepare = (args: EpGatherArguments): PreparedCall => {
+  const op = (epGatherOp ??= new Op('ep_gather'))
+  op.beginPrepared(args)
+  putEpGather(op, args)
+  return op.prepare(args, args.stream)
 }
 
 /** Arguments of epScatter. Tensors are contiguous and on one device; axes of one name have one length. */
@@ -74,6 +86,12 @@ let epScatterOp: Op | undefined
 export function epScatter<Output extends TensorLike>(args: EpScatterArguments & { expertStartLoc: Output }): Output {
   const op = (epScatterOp ??= new Op('ep_scatter'))
   op.begin(args)
+  putEpScatter(op, args)
+  op.run(args, args.stream)
+  return args.expertStartLoc
+}
+
+function putEpScatter(op: Op, args: EpScatterArguments): void {
   op.tensor(0, 'recvX', args.recvX)
   op.tensor(1, 'recvXScale', args.recvXScale)
   op.tensor(2, 'recvTopk', args.recvTopk)
@@ -83,8 +101,14 @@ export function epScatter<Output extends TensorLike>(args: EpScatterArguments & 
   op.tensor(6, 'outputTensorScale', args.outputTensorScale)
   op.tensor(7, 'mIndices', args.mIndices)
   op.tensor(8, 'outputIndex', args.outputIndex)
-  op.run(args, args.stream)
-  return args.expertStartLoc
+}
+
+/** Checks the arguments once, for a call that is made many times. */
+epScatter.prepare = (args: EpScatterArguments): PreparedCall => {
+  const op = (epScatterOp ??= new Op('ep_scatter'))
+  op.beginPrepared(args)
+  putEpScatter(op, args)
+  return op.prepare(args, args.stream)
 }
 
 /** Arguments of geluAndMul. Tensors are contiguous and on one device; axes of one name have one length. */
@@ -137,6 +161,12 @@ let geluAndMulOp: Op | undefined
 export function geluAndMul<Output extends TensorLike>(args: GeluAndMulArguments & { downInput: Output }): Output {
   const op = (geluAndMulOp ??= new Op('gelu_and_mul'))
   op.begin(args)
+  putGeluAndMul(op, args)
+  op.run(args, args.stream)
+  return args.downInput
+}
+
+function putGeluAndMul(op: Op, args: GeluAndMulArguments): void {
   op.tensor(0, 'gateupOutput', args.gateupOutput)
   op.tensor(1, 'downInput', args.downInput)
   op.tensor(2, 'reorderTopkIds', args.reorderTopkIds)
@@ -148,8 +178,14 @@ export function geluAndMul<Output extends TensorLike>(args: GeluAndMulArguments 
   op.choice(8, 'quantization', args.quantization, ['static', 'group'])
   op.choice(9, 'scaleFormat', args.scaleFormat, ['float32', 'power_of_two'])
   op.choice(10, 'numerics', args.numerics, ['fp32', 'triton'])
-  op.run(args, args.stream)
-  return args.downInput
+}
+
+/** Checks the arguments once, for a call that is made many times. */
+geluAndMul.prepare = (args: GeluAndMulArguments): PreparedCall => {
+  const op = (geluAndMulOp ??= new Op('gelu_and_mul'))
+  op.beginPrepared(args)
+  putGeluAndMul(op, args)
+  return op.prepare(args, args.stream)
 }
 
 /** Arguments of moeSumReduce. Tensors are contiguous and on one device; axes of one name have one length. */
@@ -174,11 +210,23 @@ let moeSumReduceOp: Op | undefined
 export function moeSumReduce<Output extends TensorLike>(args: MoeSumReduceArguments & { output: Output }): Output {
   const op = (moeSumReduceOp ??= new Op('moe_sum_reduce'))
   op.begin(args)
+  putMoeSumReduce(op, args)
+  op.run(args, args.stream)
+  return args.output
+}
+
+function putMoeSumReduce(op: Op, args: MoeSumReduceArguments): void {
   op.tensor(0, 'input', args.input)
   op.tensor(1, 'output', args.output)
   op.real(2, 'routedScalingFactor', args.routedScalingFactor)
-  op.run(args, args.stream)
-  return args.output
+}
+
+/** Checks the arguments once, for a call that is made many times. */
+moeSumReduce.prepare = (args: MoeSumReduceArguments): PreparedCall => {
+  const op = (moeSumReduceOp ??= new Op('moe_sum_reduce'))
+  op.beginPrepared(args)
+  putMoeSumReduce(op, args)
+  return op.prepare(args, args.stream)
 }
 
 /** Arguments of postReorder. Tensors are contiguous and on one device; axes of one name have one length. */
@@ -235,6 +283,12 @@ let postReorderOp: Op | undefined
 export function postReorder<Output extends TensorLike>(args: PostReorderArguments & { output: Output }): Output {
   const op = (postReorderOp ??= new Op('post_reorder'))
   op.begin(args)
+  putPostReorder(op, args)
+  op.run(args, args.stream)
+  return args.output
+}
+
+function putPostReorder(op: Op, args: PostReorderArguments): void {
   op.tensor(0, 'downOutput', args.downOutput)
   op.tensor(1, 'output', args.output)
   op.tensor(2, 'src2dst', args.src2dst)
@@ -247,8 +301,14 @@ export function postReorder<Output extends TensorLike>(args: PostReorderArgument
   op.integer(9, 'dstStart', args.dstStart)
   op.real(10, 'routedScalingFactor', args.routedScalingFactor)
   op.choice(11, 'numerics', args.numerics, ['fp32', 'triton'])
-  op.run(args, args.stream)
-  return args.output
+}
+
+/** Checks the arguments once, for a call that is made many times. */
+postReorder.prepare = (args: PostReorderArguments): PreparedCall => {
+  const op = (postReorderOp ??= new Op('post_reorder'))
+  op.beginPrepared(args)
+  putPostReorder(op, args)
+  return op.prepare(args, args.stream)
 }
 
 /** Arguments of preReorder. Tensors are contiguous and on one device; axes of one name have one length. */
@@ -314,6 +374,12 @@ let preReorderOp: Op | undefined
 export function preReorder<Output extends TensorLike>(args: PreReorderArguments & { gateupInput: Output }): Output {
   const op = (preReorderOp ??= new Op('pre_reorder'))
   op.begin(args)
+  putPreReorder(op, args)
+  op.run(args, args.stream)
+  return args.gateupInput
+}
+
+function putPreReorder(op: Op, args: PreReorderArguments): void {
   op.tensor(0, 'input', args.input)
   op.tensor(1, 'gateupInput', args.gateupInput)
   op.tensor(2, 'src2dst', args.src2dst)
@@ -328,8 +394,14 @@ export function preReorder<Output extends TensorLike>(args: PreReorderArguments 
   op.choice(11, 'quantization', args.quantization, ['static', 'token', 'group'])
   op.choice(12, 'scaleFormat', args.scaleFormat, ['float32', 'power_of_two'])
   op.choice(13, 'numerics', args.numerics, ['fp32', 'triton'])
-  op.run(args, args.stream)
-  return args.gateupInput
+}
+
+/** Checks the arguments once, for a call that is made many times. */
+preReorder.prepare = (args: PreReorderArguments): PreparedCall => {
+  const op = (preReorderOp ??= new Op('pre_reorder'))
+  op.beginPrepared(args)
+  putPreReorder(op, args)
+  return op.prepare(args, args.stream)
 }
 
 /** Arguments of preprocess. Tensors are contiguous and on one device; axes of one name have one length. */
@@ -370,6 +442,12 @@ let preprocessOp: Op | undefined
 export function preprocess<Output extends TensorLike>(args: PreprocessArguments & { src2dst: Output }): Output {
   const op = (preprocessOp ??= new Op('preprocess'))
   op.begin(args)
+  putPreprocess(op, args)
+  op.run(args, args.stream)
+  return args.src2dst
+}
+
+function putPreprocess(op: Op, args: PreprocessArguments): void {
   op.tensor(0, 'topkIds', args.topkIds)
   op.tensor(1, 'src2dst', args.src2dst)
   op.tensor(2, 'segIndptr', args.segIndptr)
@@ -377,8 +455,14 @@ export function preprocess<Output extends TensorLike>(args: PreprocessArguments 
   op.tensor(4, 'maskedM', args.maskedM)
   op.integer(5, 'mMax', args.mMax)
   op.choice(6, 'negatives', args.negatives, ['counted', 'dropped'])
-  op.run(args, args.stream)
-  return args.src2dst
+}
+
+/** Checks the arguments once, for a call that is made many times. */
+preprocess.prepare = (args: PreprocessArguments): PreparedCall => {
+  const op = (preprocessOp ??= new Op('preprocess'))
+  op.beginPrepared(args)
+  putPreprocess(op, args)
+  return op.prepare(args, args.stream)
 }
 
 /** Arguments of shuffleMulSum. Tensors are contiguous and on one device; axes of one name have one length. */
@@ -405,12 +489,24 @@ let shuffleMulSumOp: Op | undefined
 export function shuffleMulSum<Output extends TensorLike>(args: ShuffleMulSumArguments & { output: Output }): Output {
   const op = (shuffleMulSumOp ??= new Op('shuffle_mul_sum'))
   op.begin(args)
+  putShuffleMulSum(op, args)
+  op.run(args, args.stream)
+  return args.output
+}
+
+function putShuffleMulSum(op: Op, args: ShuffleMulSumArguments): void {
   op.tensor(0, 'input', args.input)
   op.tensor(1, 'output', args.output)
   op.tensor(2, 'permutation', args.permutation)
   op.tensor(3, 'factors', args.factors)
-  op.run(args, args.stream)
-  return args.output
+}
+
+/** Checks the arguments once, for a call that is made many times. */
+shuffleMulSum.prepare = (args: ShuffleMulSumArguments): PreparedCall => {
+  const op = (shuffleMulSumOp ??= new Op('shuffle_mul_sum'))
+  op.beginPrepared(args)
+  putShuffleMulSum(op, args)
+  return op.prepare(args, args.stream)
 }
 
 /** Arguments of siluAndMul. Tensors are contiguous and on one device; axes of one name have one length. */
@@ -464,6 +560,12 @@ let siluAndMulOp: Op | undefined
 export function siluAndMul<Output extends TensorLike>(args: SiluAndMulArguments & { downInput: Output }): Output {
   const op = (siluAndMulOp ??= new Op('silu_and_mul'))
   op.begin(args)
+  putSiluAndMul(op, args)
+  op.run(args, args.stream)
+  return args.downInput
+}
+
+function putSiluAndMul(op: Op, args: SiluAndMulArguments): void {
   op.tensor(0, 'gateupOutput', args.gateupOutput)
   op.tensor(1, 'downInput', args.downInput)
   op.tensor(2, 'reorderTopkIds', args.reorderTopkIds)
@@ -475,6 +577,12 @@ export function siluAndMul<Output extends TensorLike>(args: SiluAndMulArguments 
   op.choice(8, 'quantization', args.quantization, ['static', 'group'])
   op.choice(9, 'scaleFormat', args.scaleFormat, ['float32', 'power_of_two'])
   op.choice(10, 'numerics', args.numerics, ['fp32', 'triton'])
-  op.run(args, args.stream)
-  return args.downInput
+}
+
+/** Checks the arguments once, for a call that is made many times. */
+siluAndMul.prepare = (args: SiluAndMulArguments): PreparedCall => {
+  const op = (siluAndMulOp ??= new Op('silu_and_mul'))
+  op.beginPrepared(args)
+  putSiluAndMul(op, args)
+  return op.prepare(args, args.stream)
 }

@@ -14,6 +14,8 @@ export interface Case {
   axes: Record<string, number>
   /** Rough count of interpreted Triton steps, by which slow combinations are left out. */
   interpreterSteps: number
+  /** Why Triton's numerics have no result that is laid down; the default has one always. */
+  unspecified: string | undefined
   build(): Problem
 }
 

@@ -60,6 +60,12 @@ export function write(guarded: Guarded, index: number, value: number): void {
   else data[index] = value
 }
 
+/** A scale becomes a quarter of itself: far enough for a comparison of norms to see one row of a few hundred. */
+export function quarter(guarded: Guarded, index: number): void {
+  const data = guarded.tensor.data as Float32Array
+  data[index]! /= 4
+}
+
 /** Two elements of an index tensor change places. */
 export function swap(guarded: Guarded, a: number, b: number): void {
   const kept = Number(guarded.tensor.data[a])

@@ -18,7 +18,7 @@ export interface CaseResult {
 }
 
 export interface ControlResult {
-  /** `post_reorder/cuda/zeros against float64` */
+  /** `post_reorder/bfloat16/cuda/zeros against float64: bfloat16 ulp` */
   name: string
   /** Whether the comparison noticed the spoiled result, as it must. */
   detected: boolean

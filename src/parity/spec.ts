@@ -16,8 +16,12 @@ export interface Family<Kind extends Spec> {
   tags(spec: Kind): string[]
   /** Rough count of interpreted Triton steps. */
   steps(spec: Kind): number
+  unspecified?(spec: Kind): string | undefined
   build(spec: Kind): Problem
 }
+
+/** Infinity over its own magnitude is NaN as well, so that any special value may bring this about. */
+export const clampedNaN = "a quantised NaN stays one, but for Triton's clamp, which makes a number of it"
 
 export function caseOf<Kind extends Spec>(family: Family<Kind>, spec: Partial<Kind>): Case {
   const full = { ...family.defaults, ...spec }
@@ -29,6 +33,7 @@ export function caseOf<Kind extends Spec>(family: Family<Kind>, spec: Partial<Ki
     tags: family.tags(full),
     axes: family.axes(full),
     interpreterSteps: family.steps(full),
+    unspecified: family.unspecified?.(full),
     build: () => family.build(full),
   }
 }

@@ -6,6 +6,7 @@ import { cross, shapesOf } from '../grid.js'
 import { Guarded } from '../guard.js'
 import { presets } from '../presets.js'
 import { Random } from '../random.js'
+import { referenceNames } from '../references.js'
 import { localRange, type RoutingKind, route } from '../routing.js'
 import { type Spec as BaseSpec, caseOf, casesOf, type Family, parseCase } from '../spec.js'
 import { sumBounds, sumRows } from '../sums.js'
@@ -145,5 +146,12 @@ function grid(options: GridOptions): Case[] {
   )
 }
 
-const cases: OpCases = { op: 'ep_gather', standard, grid, parse: (name) => parseCase(family, name) }
+const cases: OpCases = {
+  op: 'ep_gather',
+  // Its sums are float32 to begin with.
+  references: referenceNames.filter((name) => name !== 'triton-float32'),
+  standard,
+  grid,
+  parse: (name) => parseCase(family, name),
+}
 export default cases

@@ -1,12 +1,13 @@
 import type { DType } from '../../dtype.js'
-import type { Case, GridOptions, OpCases, Problem } from '../case.js'
+import type { Case, GridOptions, OpCases, Problem, Spoiler } from '../case.js'
 import { Expectation } from '../expectation.js'
-import { indexTensor, normalTensor, scaleTensor, sprinkle, write } from '../fill.js'
+import { indexTensor, normalTensor, quarter, scaleTensor, sprinkle, swap, write } from '../fill.js'
 import { cross, shapesOf } from '../grid.js'
 import { Guarded } from '../guard.js'
 import { presets } from '../presets.js'
 import { groupsOf } from '../quantise.js'
 import { Random } from '../random.js'
+import { referenceNames } from '../references.js'
 import { localRange, type RoutingKind, route } from '../routing.js'
 import { type Spec as BaseSpec, caseOf, casesOf, type Family, parseCase } from '../spec.js'
 import { decoderOf, itemsizeOf } from '../values.js'
@@ -123,9 +124,32 @@ function build(spec: Spec): Problem {
           return first >= 0
         },
       },
+      {
+        // Changing one alone could ask for more rows than were reserved.
+        name: 'swapped experts',
+        apply: (copies) => {
+          const first = ids.findIndex((id) => id >= 0)
+          const other = ids.findIndex((id) => id >= 0 && id !== ids[first])
+          if (other >= 0) swap(copies['recv_topk']!, first, other)
+          return other >= 0
+        },
+      },
+      ...(spec.scales === 1 ? [changedScale(spec, ids, groups)] : []),
     ],
     [Symbol.dispose]: () => {
       for (const input of Object.values(inputs)) input[Symbol.dispose]()
+    },
+  }
+}
+
+/** The scale that the first local slot's row has first. */
+function changedScale({ K }: Spec, ids: Int32Array, groups: number): Spoiler {
+  return {
+    name: 'changed scale',
+    apply: (copies) => {
+      const first = ids.findIndex((id) => id >= 0)
+      if (first >= 0) quarter(copies['recv_x_scale']!, Math.floor(first / K) * groups)
+      return first >= 0
     },
   }
 }
@@ -161,5 +185,12 @@ function grid(options: GridOptions): Case[] {
   )
 }
 
-const cases: OpCases = { op: 'ep_scatter', standard, grid, parse: (name) => parseCase(family, name) }
+const cases: OpCases = {
+  op: 'ep_scatter',
+  // There is no arithmetic in it that could be float32.
+  references: referenceNames.filter((name) => name !== 'triton-float32'),
+  standard,
+  grid,
+  parse: (name) => parseCase(family, name),
+}
 export default cases

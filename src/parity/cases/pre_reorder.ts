@@ -1,16 +1,16 @@
 import type { DType } from '../../dtype.js'
 import type { Tensor } from '../../tensor.js'
-import type { Bounds, Case, GridOptions, OpCases, Problem } from '../case.js'
+import type { Bounds, Case, GridOptions, OpCases, Problem, Spoiler } from '../case.js'
 import { Expectation } from '../expectation.js'
-import { indexTensor, normalTensor, scaleTensor, sprinkle, swap, write } from '../fill.js'
+import { indexTensor, normalTensor, quarter, scaleTensor, sprinkle, swap, write } from '../fill.js'
 import { cross, shapesOf } from '../grid.js'
 import { Guarded } from '../guard.js'
 import { presets } from '../presets.js'
-import { groupScale, groupsOf, toFloat8 } from '../quantise.js'
+import { absmaxOf, groupScale, groupsOf, nearJump, toFloat8 } from '../quantise.js'
 import { Random } from '../random.js'
 import { localRange, markLocal, type RoutingKind, route } from '../routing.js'
-import { type Spec as BaseSpec, caseOf, casesOf, type Family, parseCase } from '../spec.js'
-import { decoderOf, itemsizeOf } from '../values.js'
+import { type Spec as BaseSpec, caseOf, casesOf, clampedNaN, type Family, parseCase } from '../spec.js'
+import { decoderOf, encoderOf, itemsizeOf, roundsToInfinity } from '../values.js'
 
 interface Spec extends BaseSpec {
   T: number
@@ -71,6 +71,8 @@ const family: Family<Spec> = {
     ...(ep > 1 ? ['remote'] : []),
   ],
   steps: ({ T, H, K, ep }) => (T * Math.ceil(H / 512) * K) / ep,
+  unspecified: ({ values, quantization }) =>
+    values === 'special' && quantization !== 'static' ? clampedNaN : undefined,
   build,
 }
 
@@ -143,9 +145,29 @@ function build(spec: Spec): Problem {
           return first >= 0 && other >= 0
         },
       },
+      ...(scales === 'none' ? [] : [changedScale(spec, local, routing.topkIds, groups)]),
     ],
     [Symbol.dispose]: () => {
       for (const input of Object.values(inputs)) input[Symbol.dispose]()
+    },
+  }
+}
+
+/** The scale that the first local slot's row has first. */
+function changedScale({ K, scales, ...range }: Spec, local: Int32Array, topkIds: Int32Array, groups: number): Spoiler {
+  const [start] = localRange(range)
+  return {
+    name: 'changed scale',
+    apply: (copies) => {
+      const first = local.indexOf(1)
+      if (first < 0) return false
+      const token = Math.floor(first / K)
+      const [name, at] =
+        scales === 'rows'
+          ? ['input_scales', token * groups]
+          : ['a1_scales', scales === 'token' ? token : topkIds[first]! - start]
+      quarter(copies[name]!, at)
+      return true
     },
   }
 }
@@ -158,13 +180,24 @@ function bytesOf({ T, H, K, dtype }: Spec, local: Int32Array, out: DType): numbe
   return H * (tokens * itemsizeOf(dtype) + slots * itemsizeOf(out))
 }
 
-function inputOf({ T, H, dtype, seed, gain, shift, values }: Spec): Guarded {
+function inputOf({ T, H, dtype, seed, gain, shift, values, format }: Spec): Guarded {
   const input = normalTensor([T, H], dtype, seed, gain, shift)
   if (values === 'special') sprinkle(input.tensor)
   // Every other row is nothing but zeros, whose scale must not divide by zero.
   if (values === 'zeros')
     for (let token = 0; token < T; token += 2) input.tensor.data.fill(0 as never, token * H, (token + 1) * H)
+  if (format === 'power_of_two') leaveJumps(input)
   return input
+}
+
+/** No magnitude is 448 times a power of two, where an approximate division decides which scale it gets. */
+function leaveJumps({ tensor }: Guarded): void {
+  const { data, dtype } = tensor
+  const [decode, encode] = [decoderOf(dtype), encoderOf(dtype)]
+  for (let i = 0; i < data.length; i++) {
+    const value = decode(data, i)
+    if (nearJump(Math.abs(value), 2 ** -20)) data[i] = encode(value * 1.125)
+  }
 }
 
 /**
@@ -203,7 +236,10 @@ function oracle(
   const a1Scales = inputs['a1_scales']?.tensor.data as Float32Array | undefined
   const inputScales = inputs['input_scales']?.tensor.data as Float32Array | undefined
   const [start] = localRange(spec)
-  const narrow = out === 'float8_e4m3fn' && input.dtype !== 'float8_e4m3fn' ? toFloat8 : (value: number) => value
+  const narrow =
+    out === 'float8_e4m3fn' && input.dtype !== 'float8_e4m3fn'
+      ? toFloat8
+      : (value: number) => roundsToInfinity(input.dtype, value)
   for (let slot = 0; slot < T * K; slot++) {
     if (local[slot] === 0) continue
     const token = Math.floor(slot / K)
@@ -229,11 +265,8 @@ function scalesOf({ H, quantization, format }: Spec, input: Tensor, token: numbe
   const size = quantization === 'token' ? H : 128
   const decode = decoderOf(input.dtype)
   return Array.from({ length: groups }, (_, group) => {
-    let most = 0
-    for (let column = group * size; column < Math.min(H, (group + 1) * size); column++) {
-      most = Math.max(most, Math.abs(decode(input.data, token * H + column)))
-    }
-    return groupScale(most, format)
+    const columns = Array.from({ length: Math.min(size, H - group * size) }, (_, i) => group * size + i)
+    return groupScale(absmaxOf(columns.map((column) => decode(input.data, token * H + column))), format)
   })
 }
 
@@ -255,7 +288,10 @@ function standard(): Case[] {
       { dtype, layout: 'padded', ep: 8, T: 9 },
       { dtype, out: 'float8_e4m3fn', gain: 300, ep: 2 },
       { dtype, out: 'float8_e4m3fn', scales: 'expert', ep: 4, routing: 'single', K: 1 },
+      { dtype, scales: 'token', H: 77, values: 'special' },
       { dtype, out: 'float8_e4m3fn', scales: 'token', H: 77, values: 'special' },
+      { dtype, out: 'float8_e4m3fn', quantization: 'token', values: 'special', ep: 2, H: 129 },
+      { dtype, out: 'float8_e4m3fn', quantization: 'group', values: 'special', ep: 2, H: 1000, K: 2 },
       { dtype, out: 'float8_e4m3fn', quantization: 'token', ep: 4, T: 10 },
       { dtype, out: 'float8_e4m3fn', quantization: 'token', H: 1000, values: 'zeros', format: 'power_of_two' },
       { dtype, out: 'float8_e4m3fn', quantization: 'group', ep: 4, layout: 'padded' },

@@ -5,6 +5,7 @@ import { cross, shapesOf } from '../grid.js'
 import { Guarded } from '../guard.js'
 import { presets } from '../presets.js'
 import { Random } from '../random.js'
+import { referenceNames } from '../references.js'
 import { type RoutingKind, route } from '../routing.js'
 import { type Spec as BaseSpec, caseOf, casesOf, type Family, parseCase } from '../spec.js'
 import { itemsizeOf } from '../values.js'
@@ -141,5 +142,12 @@ function grid(options: GridOptions): Case[] {
   )
 }
 
-const cases: OpCases = { op: 'preprocess', standard, grid, parse: (name) => parseCase(family, name) }
+const cases: OpCases = {
+  op: 'preprocess',
+  // There is no arithmetic in it that could be float32.
+  references: referenceNames.filter((name) => name !== 'triton-float32'),
+  standard,
+  grid,
+  parse: (name) => parseCase(family, name),
+}
 export default cases
