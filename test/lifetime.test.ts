@@ -187,7 +187,8 @@ inTurn('finalisers let go of what nobody disposed', async (t) => {
     Tensor.zeros([10])
   }
   t.true(stats().python.refs >= before.python.refs + 500)
-  for (let round = 0; round < 50 && stats().cpu.tensors > before.cpu.tensors + 10; round++) {
+  const left = () => stats().cpu.tensors > before.cpu.tensors + 10 || stats().python.refs > before.python.refs + 10
+  for (let round = 0; round < 50 && left(); round++) {
     collect()
     await sleep(5)
   }
