@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "core/convert.h"
 #include "core/error.h"
 #include "core/exp.h"
 #include "core/simd.h"
@@ -68,10 +69,6 @@ EPMOE_INLINE float activate(float g) {
     else                                                                                                              \
       product<kGelu>(Element(), out, gate, up, n);                                                                    \
   }                                                                                                                   \
-  EPMOE_SIMD void narrow_##suffix(Element::Storage *out, const float *in, int64_t n) {                                \
-    for (int64_t i = 0; i < n; ++i) out[i] = Element::narrow(in[i]);                                                  \
-  }                                                                                                                   \
-  inline void narrow_row(Element, Element::Storage *out, const float *in, int64_t n) { narrow_##suffix(out, in, n); } \
   EPMOE_SIMD void scale_rounded_##suffix(float *x, float factor, int64_t n) {                                         \
     for (int64_t i = 0; i < n; ++i) x[i] = Element::widen(Element::narrow(x[i] * factor));                            \
   }                                                                                                                   \
@@ -84,18 +81,6 @@ EPMOE_INLINE float activate(float g) {
 EPMOE_ACTIVATION_LOOPS(Float32, float32)
 EPMOE_ACTIVATION_LOOPS(Float16, float16)
 EPMOE_ACTIVATION_LOOPS(BFloat16, bfloat16)
-
-EPMOE_SIMD void divide(float *x, float divisor, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) x[i] /= divisor;
-}
-EPMOE_SIMD float absmax_of(const float *x, int64_t n) {
-  float most = 0;
-  for (int64_t i = 0; i < n; ++i) most = std::fabs(x[i]) > most ? std::fabs(x[i]) : most;  // false for NaN
-  return most;
-}
-EPMOE_SIMD void narrow_float8(uint8_t *out, const float *in, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = Float8::narrow(in[i]);
-}
 
 template <typename Element>
 class Activation {
@@ -148,23 +133,14 @@ class Activation {
       if (rounded)
         scale_rounded(Element(), y, Element::widen(Element::narrow(1.0f / scale)), p_.width);
       else
-        divide(y, scale, p_.width);
+        divide_row(y, y, scale, p_.width);
     }
-    if (p_.quantises) quantise(row, y);
-    if (p_.output_dtype == EPMOE_FLOAT8_E4M3FN) {
-      return narrow_float8(static_cast<uint8_t *>(p_.output) + row * p_.width, y, p_.width);
+    if (p_.quantises) {
+      quantize::divide_by_scales(y, y, p_.width, quantize::kGroupSize, p_.power_of_two,
+                                 p_.output_scales + row * p_.groups);
     }
-    narrow_row(Element(), static_cast<Storage *>(p_.output) + row * p_.width, y, p_.width);
-  }
-
-  void quantise(int64_t row, float *y) const {
-    for (int64_t group = 0; group < p_.groups; ++group) {
-      const int64_t first = group * quantize::kGroupSize;
-      const int64_t n = std::min(quantize::kGroupSize, p_.width - first);
-      const float scale = quantize::scale_of(absmax_of(y + first, n), p_.power_of_two);
-      p_.output_scales[row * p_.groups + group] = scale;
-      divide(y + first, scale, n);
-    }
+    narrow_row(static_cast<char *>(p_.output) + row * p_.width * itemsize(p_.output_dtype), y, p_.output_dtype,
+               p_.width);
   }
 
   const Problem &p_;
@@ -172,10 +148,7 @@ class Activation {
 };
 
 void check_gates(const Call &call, const Problem &p) {
-  if (p.start_expert_id > p.end_expert_id) {
-    fail(EPMOE_ERR_VALUE, "end_expert_id", "start_expert_id (" + std::to_string(p.start_expert_id) + ") or more",
-         std::to_string(p.end_expert_id), "The range is inclusive at both ends");
-  }
+  check_expert_range(p.start_expert_id, p.end_expert_id);
   if (p.scales != nullptr && !p.reorder_topk_ids) {
     fail(EPMOE_ERR_MISSING_ARGUMENT, "reorder_topk_ids", "the experts that scales is indexed by", "nothing",
          "Pass reorder_topk_ids, or leave scales out");

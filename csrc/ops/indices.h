@@ -25,6 +25,12 @@ inline Indices indices_of(const Call &call, int param) {
   return {call.data<const void>(param), call.has_dtype(param, EPMOE_INT64)};
 }
 
+inline void check_expert_range(int64_t start, int64_t end) {
+  if (start <= end) return;
+  fail(EPMOE_ERR_VALUE, "end_expert_id", "start_expert_id (" + std::to_string(start) + ") or more", std::to_string(end),
+       "The range is inclusive at both ends");
+}
+
 // The first offender in slot order, whichever thread meets it.
 class Offence {
  public:

@@ -1,8 +1,5 @@
 // post_reorder: gathers the rows that a token's experts produced and sums them with the router's weights.
 // Semantics: SGLang's post_reorder_triton_kernel and deepep_post_reorder_triton_kernel.
-#include <string>
-
-#include "core/error.h"
 #include "ops/gather_sum.h"
 
 namespace epmoe::post_reorder {
@@ -53,10 +50,7 @@ gather_sum::Problem problem_of(const Call &call) {
 
 void validate(const Call &call) {
   const gather_sum::Problem p = problem_of(call);
-  if (p.start_expert_id > p.end_expert_id) {
-    fail(EPMOE_ERR_VALUE, "end_expert_id", "start_expert_id (" + std::to_string(p.start_expert_id) + ") or more",
-         std::to_string(p.end_expert_id), "The range is inclusive at both ends");
-  }
+  check_expert_range(p.start_expert_id, p.end_expert_id);
   gather_sum::check_sizes(p, kDownOutput, kOutput, kTopkWeights);
 }
 

@@ -95,10 +95,7 @@ void check_quantisation(const scatter_rows::Problem &p) {
 
 void validate(const Call &call) {
   const scatter_rows::Problem p = problem_of(call);
-  if (p.start_expert_id > p.end_expert_id) {
-    fail(EPMOE_ERR_VALUE, "end_expert_id", "start_expert_id (" + std::to_string(p.start_expert_id) + ") or more",
-         std::to_string(p.end_expert_id), "The range is inclusive at both ends");
-  }
+  check_expert_range(p.start_expert_id, p.end_expert_id);
   scatter_rows::check_sizes(p, kInput, kGateupInput);
   const bool finds_scales = p.quantization != quantize::kStatic;
   if (p.input_dtype == EPMOE_FLOAT8_E4M3FN && (finds_scales || p.a1_scales != nullptr)) {

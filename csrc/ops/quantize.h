@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "core/convert.h"
 #include "core/float16.h"
 
 namespace epmoe::quantize {
@@ -24,6 +25,16 @@ inline float scale_of(float absmax, bool power_of_two) {
   if (!power_of_two) return scale;
   const auto bits = bit_cast<uint32_t>(scale);
   return bit_cast<float>((bits & 0x7fffffu) != 0 ? (bits + 0x800000u) & 0xff800000u : bits);
+}
+
+// Finds a scale for each `size` values, and divides them by it. In place where `out` is `in`.
+inline void divide_by_scales(float *out, const float *in, int64_t n, int64_t size, bool power_of_two, float *scales) {
+  for (int64_t first = 0; first < n; first += size) {
+    const int64_t count = std::min(size, n - first);
+    const float scale = scale_of(absmax_of_row(in + first, count), power_of_two);
+    *scales++ = scale;
+    divide_row(out + first, in + first, scale, count);
+  }
 }
 
 }  // namespace epmoe::quantize

@@ -2,69 +2,21 @@
 #include "ops/scatter_rows.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <string>
 #include <vector>
 
+#include "core/convert.h"
 #include "core/error.h"
-#include "core/float16.h"
 #include "core/simd.h"
 #include "core/threads.h"
 
 namespace epmoe::scatter_rows {
 namespace {
 
-#define EPMOE_WIDEN_LOOP(Element, suffix)                                              \
-  EPMOE_SIMD void widen_##suffix(float *out, const Element::Storage *in, int64_t n) {  \
-    for (int64_t i = 0; i < n; ++i) out[i] = Element::widen(in[i]);                    \
-  }                                                                                    \
-  EPMOE_SIMD void narrow_##suffix(Element::Storage *out, const float *in, int64_t n) { \
-    for (int64_t i = 0; i < n; ++i) out[i] = Element::narrow(in[i]);                   \
-  }
-EPMOE_WIDEN_LOOP(Float32, float32)
-EPMOE_WIDEN_LOOP(Float16, float16)
-EPMOE_WIDEN_LOOP(BFloat16, bfloat16)
-EPMOE_WIDEN_LOOP(Float8, float8)
-
-EPMOE_SIMD void divide(float *out, const float *in, float divisor, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = in[i] / divisor;
-}
 EPMOE_SIMD void multiply(float *out, const float *in, float factor, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = in[i] * factor;
 }
-EPMOE_SIMD float absmax_of(const float *in, int64_t n) {
-  float most = 0;
-  for (int64_t i = 0; i < n; ++i) most = std::fabs(in[i]) > most ? std::fabs(in[i]) : most;  // false for NaN
-  return most;
-}
-
-void widen(float *out, const void *in, int32_t dtype, int64_t n) {
-  switch (dtype) {
-    case EPMOE_FLOAT32:
-      return widen_float32(out, static_cast<const float *>(in), n);
-    case EPMOE_FLOAT16:
-      return widen_float16(out, static_cast<const uint16_t *>(in), n);
-    case EPMOE_BFLOAT16:
-      return widen_bfloat16(out, static_cast<const uint16_t *>(in), n);
-    default:
-      return widen_float8(out, static_cast<const uint8_t *>(in), n);
-  }
-}
-
-void narrow(void *out, const float *in, int32_t dtype, int64_t n) {
-  switch (dtype) {
-    case EPMOE_FLOAT32:
-      return narrow_float32(static_cast<float *>(out), in, n);
-    case EPMOE_FLOAT16:
-      return narrow_float16(static_cast<uint16_t *>(out), in, n);
-    case EPMOE_BFLOAT16:
-      return narrow_bfloat16(static_cast<uint16_t *>(out), in, n);
-    default:
-      return narrow_float8(static_cast<uint8_t *>(out), in, n);
-  }
-}
-
 class Scatter {
  public:
   explicit Scatter(const Problem &p) : p_(p), row_bytes_(p.hidden * itemsize(p.output_dtype)) {}
@@ -135,7 +87,7 @@ class Scatter {
       s.wide.resize(columns);
       s.scaled.resize(columns);
       s.row.resize(static_cast<size_t>(row_bytes_));
-      widen(s.wide.data(), source, p_.input_dtype, p_.hidden);
+      widen_row(s.wide.data(), source, p_.input_dtype, p_.hidden);
       row = s.row.data();
       if (p_.quantization != quantize::kStatic) {
         quantise(s);
@@ -152,25 +104,19 @@ class Scatter {
   }
 
   void convert(Scratch &s, const float *divisor) const {
-    if (divisor == nullptr) return narrow(s.row.data(), s.wide.data(), p_.output_dtype, p_.hidden);
+    if (divisor == nullptr) return narrow_row(s.row.data(), s.wide.data(), p_.output_dtype, p_.hidden);
     if (p_.numerics == kTriton)
       multiply(s.scaled.data(), s.wide.data(), 1.0f / *divisor, p_.hidden);
     else
-      divide(s.scaled.data(), s.wide.data(), *divisor, p_.hidden);
-    narrow(s.row.data(), s.scaled.data(), p_.output_dtype, p_.hidden);
+      divide_row(s.scaled.data(), s.wide.data(), *divisor, p_.hidden);
+    narrow_row(s.row.data(), s.scaled.data(), p_.output_dtype, p_.hidden);
   }
 
   void quantise(Scratch &s) const {
     const int64_t size = p_.quantization == quantize::kToken ? p_.hidden : quantize::kGroupSize;
     s.scales.resize(static_cast<size_t>(p_.groups));
-    for (int64_t group = 0; group < p_.groups; ++group) {
-      const int64_t first = group * size;
-      const int64_t n = std::min(size, p_.hidden - first);
-      const float scale = quantize::scale_of(absmax_of(s.wide.data() + first, n), p_.power_of_two);
-      s.scales[static_cast<size_t>(group)] = scale;
-      divide(s.scaled.data() + first, s.wide.data() + first, scale, n);
-    }
-    narrow(s.row.data(), s.scaled.data(), p_.output_dtype, p_.hidden);
+    quantize::divide_by_scales(s.scaled.data(), s.wide.data(), p_.hidden, size, p_.power_of_two, s.scales.data());
+    narrow_row(s.row.data(), s.scaled.data(), p_.output_dtype, p_.hidden);
   }
 
   const Problem &p_;
