@@ -4,6 +4,7 @@ import { native } from '../src/native.js'
 import { Expectation } from '../src/parity/expectation.js'
 import type { Guarded } from '../src/parity/guard.js'
 import { judge } from '../src/parity/judge.js'
+import { absmaxOf, groupScale, nearJump, toFloat8 } from '../src/parity/quantise.js'
 import { decoderOf, encoderOf } from '../src/parity/values.js'
 import { passes, requirementFor } from '../src/parity/verdict.js'
 
@@ -152,6 +153,37 @@ test('float8: units of a sixteenth to an eighth, subnormals of 2^-9, a NaN that 
   // What the oracle leaves unrounded is rounded to nearest even.
   t.is(metrics([0x38], [1 + 1 / 16]).mismatched, 0)
   t.is(metrics([0x3a], [1 + 3 / 16]).mismatched, 0)
+})
+
+test('test data are encoded to the nearest, NaN, infinities and the sign of zero included', (t) => {
+  for (const dtype of ['float16', 'bfloat16'] as const) {
+    const encode = encoderOf(dtype)
+    const decode = decoderOf(dtype)
+    const stored = (value: number) => decode(Uint16Array.of(encode(value)), 0)
+    for (const value of [Number.NaN, Infinity, -Infinity, -0, 0, 1, -2.5, 2 ** -14]) t.is(stored(value), value)
+    t.is(stored(1e39), Infinity)
+    t.is(stored(-1e39), -Infinity)
+    t.is(stored(1 + 2 ** -12), 1)
+  }
+  t.is(decoderOf('float16')(Uint16Array.of(encoderOf('float16')(65519)), 0), 65504)
+  t.is(decoderOf('float16')(Uint16Array.of(encoderOf('float16')(65520)), 0), Infinity)
+  t.true(Number.isNaN(decoderOf('float8_e4m3fn')(Uint8Array.of(encoderOf('float8_e4m3fn')(Number.NaN)), 0)))
+})
+
+test("float8's scales by definition: NaN has no say, infinity has, zeros divide, powers of two go up", (t) => {
+  t.is(absmaxOf([1, Number.NaN, -3]), 3)
+  t.is(absmaxOf([1, -Infinity]), Infinity)
+  t.is(absmaxOf([Number.NaN]), 0)
+  t.is(groupScale(448, 'float32'), 1)
+  t.is(groupScale(0, 'float32'), 1e-10 / 448)
+  t.deepEqual(
+    [448, 449, 447, 224].map((most) => groupScale(most, 'power_of_two')),
+    [1, 2, 1, 0.5],
+  )
+  t.true(nearJump(448, 2 ** -20) && nearJump(56, 2 ** -20) && nearJump(449, 2 ** -5))
+  t.false(nearJump(449, 2 ** -20) || nearJump(600, 2 ** -5) || nearJump(0, 2 ** -5) || nearJump(Infinity, 2 ** -5))
+  t.deepEqual([449, -1e9, Infinity, 3].map(toFloat8), [448, -448, 448, 3])
+  t.true(Number.isNaN(toFloat8(Number.NaN)))
 })
 
 test('a call is as good as its worst output, and an exact output allows nothing', (t) => {

@@ -136,7 +136,7 @@ class Activation {
         divide_row(y, y, scale, p_.width);
     }
     if (p_.quantises) {
-      quantize::divide_by_scales(y, y, p_.width, quantize::kGroupSize, p_.power_of_two,
+      quantize::divide_by_scales(y, y, p_.width, quantize::kGroupSize, p_.power_of_two, rounded,
                                  p_.output_scales + row * p_.groups);
     }
     narrow_row(static_cast<char *>(p_.output) + row * p_.width * itemsize(p_.output_dtype), y, p_.output_dtype,

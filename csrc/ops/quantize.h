@@ -27,14 +27,17 @@ inline float scale_of(float absmax, bool power_of_two) {
   return bit_cast<float>((bits & 0x7fffffu) != 0 ? (bits + 0x800000u) & 0xff800000u : bits);
 }
 
-// Finds a scale for each `size` values, and divides them by it. In place where `out` is `in`.
-inline void divide_by_scales(float *out, const float *in, int64_t n, int64_t size, bool power_of_two, float *scales) {
+// Finds a scale for each `size` values, and divides them by it. In place where `out` is `in`. `clamp`: as the original,
+// whose clamp makes the lower bound of a NaN.
+inline void divide_by_scales(float *out, const float *in, int64_t n, int64_t size, bool power_of_two, bool clamp,
+                             float *scales) {
   for (int64_t first = 0; first < n; first += size) {
     const int64_t count = std::min(size, n - first);
     const float scale = scale_of(absmax_of_row(in + first, count), power_of_two);
     *scales++ = scale;
     divide_row(out + first, in + first, scale, count);
   }
+  for (int64_t i = 0; clamp && i < n; ++i) out[i] = out[i] > -kLargest ? std::min(out[i], kLargest) : -kLargest;
 }
 
 }  // namespace epmoe::quantize

@@ -115,7 +115,8 @@ class Scatter {
   void quantise(Scratch &s) const {
     const int64_t size = p_.quantization == quantize::kToken ? p_.hidden : quantize::kGroupSize;
     s.scales.resize(static_cast<size_t>(p_.groups));
-    quantize::divide_by_scales(s.scaled.data(), s.wide.data(), p_.hidden, size, p_.power_of_two, s.scales.data());
+    quantize::divide_by_scales(s.scaled.data(), s.wide.data(), p_.hidden, size, p_.power_of_two, p_.numerics == kTriton,
+                               s.scales.data());
     narrow_row(s.row.data(), s.scaled.data(), p_.output_dtype, p_.hidden);
   }
 

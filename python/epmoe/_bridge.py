@@ -249,8 +249,10 @@ def _start_executor(address):
 
 
 def _submit(number, operation, arguments, options):
-    function = _OPERATIONS[operation] if operation not in ("run", "async_next") else getattr(
-        _jobs, {"run": "run_awaitable", "async_next": "next_of"}[operation]
+    function = (
+        _OPERATIONS[operation]
+        if operation not in ("run", "async_next")
+        else getattr(_jobs, {"run": "run_awaitable", "async_next": "next_of"}[operation])
     )
     _jobs.submit(number, function, arguments, options)
 

@@ -1,7 +1,7 @@
 import type { DType } from '../dtype.js'
 import type { Bounds, Case, GridOptions, OpCases, Problem, Spoiler } from './case.js'
 import { Expectation } from './expectation.js'
-import { floatTensor, indexTensor, nanBits, normalTensor, quarter, scaleTensor, write } from './fill.js'
+import { indexTensor, nanBits, normalTensor, quarter, scaleTensor, write } from './fill.js'
 import { cross } from './grid.js'
 import { Guarded } from './guard.js'
 import { presets } from './presets.js'
@@ -9,7 +9,7 @@ import { absmaxOf, groupScale, groupsOf, nearJump, toFloat8 } from './quantise.j
 import { Random } from './random.js'
 import { localRange } from './routing.js'
 import { type Spec as BaseSpec, caseOf, casesOf, clampedNaN, type Family, parseCase } from './spec.js'
-import { decoderOf, encoderOf, itemsizeOf, roundsToInfinity, significantBits } from './values.js'
+import { decoderOf, encoderOf, itemsizeOf, roundsToInfinity, significantBits, smallestNormal } from './values.js'
 
 interface Spec extends BaseSpec {
   /** Rows, width, experts. */
@@ -204,19 +204,27 @@ function leaveJumps({ tensor }: Guarded, { R, I }: Spec, { value }: Activation):
   }
 }
 
+/**
+ * What any float may be in both halves, and in the gates what is beyond the range of exp. The largest numbers are left out
+ * of float32: a few of them are all that a norm sees, and whose result is nearer there is chance.
+ */
+function sprinkleSpecials({ tensor: { data, dtype } }: Guarded, width: number): void {
+  const least = { float16: 2 ** -24, bfloat16: 2 ** -133 }[dtype as string] ?? 2 ** -149
+  const largest = { float16: [65504, -65504], bfloat16: [2 ** 128 - 2 ** 120, 2 ** 120 - 2 ** 128] }[dtype as string]
+  const anywhere = [Number.NaN, Infinity, -Infinity, 30, -30, -0, 1e-30, least]
+  const gates = [...anywhere, -88, -95, -1000, ...(largest ?? [])]
+  const encode = encoderOf(dtype)
+  for (let i = 0, k = 0; i < data.length; i += 37, k++) {
+    const values = i % (2 * width) < width ? gates : anywhere
+    data[i] = encode(values[k % values.length]!)
+  }
+}
+
 function inputOf(spec: Spec, active: Int32Array, activation: Activation): Guarded {
   const { R, I, dtype, seed, shift, values } = spec
   const input = normalTensor([R, 2 * I], dtype, seed, 2, shift)
   const { data } = input.tensor
-  if (values === 'special') {
-    // In float32, where no result is the nearest one for sure, a few of these would be all that a norm sees, and chance.
-    const most = { float16: 65504, bfloat16: 2 ** 128 - 2 ** 120 }[dtype as string] ?? 1000
-    const least = { float16: 2 ** -24, bfloat16: 2 ** -133, float32: 2 ** -149 }[dtype as string]!
-    const odd = [Number.NaN, Infinity, -Infinity, 30, -30, -0, 1e-30, -88, -95, -1000, most, -most, least]
-    const special = floatTensor([odd.length], dtype, (i) => odd[i]!)
-    for (let i = 0, k = 0; i < data.length; i += 37, k++) data[i] = special.tensor.data[k % odd.length]!
-    special[Symbol.dispose]()
-  }
+  if (values === 'special') sprinkleSpecials(input, I)
   if (values === 'zeros') for (let row = 0; row < R; row += 2) data.fill(0 as never, row * 2 * I, (row + 1) * 2 * I)
   if (spec.format === 'power_of_two') leaveJumps(input, spec, activation)
   // Rows of remote experts are memory nobody has written.
@@ -276,6 +284,8 @@ function oracle(
   const decode = decoderOf(dtype)
   const divisors = inputs['scales']?.tensor.data as Float32Array | undefined
   const [start] = localRange(spec)
+  // An activation that is rounded where the dtype is subnormal is wrong by so much, which up magnifies.
+  const normal = smallestNormal(dtype)
   const narrow = out === 'same' ? (x: number) => roundsToInfinity(dtype, x) : toFloat8
   for (let row = 0; row < R; row++) {
     if (active[row] === 0) continue
@@ -287,7 +297,7 @@ function oracle(
         const up = decode(data, (row * 2 + 1) * I + column)
         // The product is float32 before anything is done with it.
         const y = roundsToInfinity('float32', value(gate) * up) / divisor
-        return { column, y, terms: Math.abs((size(gate) * up) / divisor) }
+        return { column, y, terms: Math.abs((Math.max(size(gate), normal) * up) / divisor) }
       })
       const most = absmaxOf(made.map(({ y }) => y))
       const scale = scalePage === undefined ? 1 : groupScale(most, format)

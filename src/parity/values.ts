@@ -10,6 +10,11 @@ export function significantBits(dtype: DType): number {
   return { float32: 24, float16: 11, bfloat16: 8, float8_e4m3fn: 4 }[dtype as string] ?? 53
 }
 
+/** The magnitude below which a float's last place no longer shrinks. */
+export function smallestNormal(dtype: DType): number {
+  return { float16: 2 ** -14, float8_e4m3fn: 2 ** -6 }[dtype as string] ?? 2 ** -126
+}
+
 /** A number, or infinity where the dtype would round to it. */
 export function roundsToInfinity(dtype: DType, value: number): number {
   const limit = { float32: 2 ** 128 * (1 - 2 ** -25), float16: 65520, bfloat16: 2 ** 128 * (1 - 2 ** -9) }[
@@ -31,7 +36,8 @@ export function encoderOf(dtype: DType): (value: number) => number {
   if (table === undefined) return (value) => value
   const half = table.length / 2
   return (value) => {
-    const size = Math.abs(value)
+    if (Number.isNaN(value)) return half - 1
+    const size = Math.abs(roundsToInfinity(dtype, value))
     let [low, high] = [0, half - 1]
     while (low < high) {
       const middle = (low + high) >> 1
@@ -40,7 +46,7 @@ export function encoderOf(dtype: DType): (value: number) => number {
       else high = middle
     }
     const below = low > 0 && size - table[low - 1]! < table[low]! - size ? low - 1 : low
-    return value < 0 ? below + half : below
+    return value < 0 || Object.is(value, -0) ? below + half : below
   }
 }
 

@@ -67,6 +67,9 @@ const verb: Verb = {
     progress.end()
     console.log(tableOf(report))
     console.log(summaryOf(report))
+    if (report.summary.total === 0) {
+      console.error('epmoe: nothing was compared; ops without numerics run on cpu and cuda only')
+    }
     if (options.json !== undefined) writeFileSync(options.json, `${JSON.stringify(report, null, 1)}\n`)
     if (options.junit !== undefined) writeFileSync(options.junit, junitOf(report))
     return succeeded(report) ? exitCodes.passed : exitCodes.failed
