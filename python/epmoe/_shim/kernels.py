@@ -1,0 +1,385 @@
+"""The objects that stand where Triton's kernels and SGLang's helpers stood."""
+
+import functools
+import inspect
+import threading
+import time
+import warnings
+
+from torch import Tensor
+
+from epmoe import sglang_original
+from epmoe._shim import shadow
+from epmoe._shim.control import Sampler, controls, recorder, timed
+from epmoe._shim.forms import KERNELS, Refused, form_by_call, form_of
+from epmoe._shim.helpers import HELPERS, check_options
+from epmoe.errors import EpmoeError
+from epmoe.migrate import capsule as capsules
+
+# What a launch may say of how Triton should compile it; none of it changes a result.
+OPTIONS = {
+    "num_warps",
+    "num_stages",
+    "num_ctas",
+    "num_buffers_warp_spec",
+    "num_consumer_groups",
+    "reg_dec_producer",
+    "reg_inc_consumer",
+    "maxnreg",
+    "cluster_dims",
+    "launch_cooperative_grid",
+    "launch_pdl",
+    "debug",
+    "sanitize_overflow",
+    "waves_per_eu",
+    "matrix_instr_nonkdim",
+    "kpack",
+}
+_NO_ORIGINAL = "Install an SGLang that has it, name one in EPMOE_SGLANG, or set the mode to 'epmoe'"
+
+
+def shape_of(args, kwargs):
+    """What tells launches apart for sampling."""
+    values = (*args, *kwargs.values())
+    return tuple((each.shape, each.dtype) if isinstance(each, Tensor) else type(each) for each in values)
+
+
+class Shim:
+    """What both kinds share: a call is described to epmoe by ``prepare`` and served by Triton through ``original``."""
+
+    def __init__(self, name, original=None):
+        self.__name__ = self.__qualname__ = name
+        self._control = controls[name]
+        self._original = original
+        self._finding = threading.Lock()
+
+    def original(self):
+        """What was there; where nothing was, an installed SGLang's."""
+        if self._original is None:
+            with self._finding:
+                if self._original is None:
+                    found = sglang_original.find()
+                    problem = found.problem_of(self.__name__)
+                    if problem:
+                        raise EpmoeError(
+                            "ERR_NO_ORIGINAL",
+                            op=f"shim.{self.__name__}",
+                            expected="the Triton original, to serve it",
+                            received=problem,
+                            hint=_NO_ORIGINAL,
+                        )
+                    self._original = found.kernel(self.__name__)
+        return self._original
+
+    def _serve(self, described, serve, shape):
+        """``described()`` is the call for epmoe, ``serve()`` launches Triton's, ``shape()`` tells shapes apart."""
+        control = self._control
+        mode = control.mode
+        if mode == "off":
+            return serve()
+        if shadow.pending:
+            shadow.poll()
+        if recorder.ring is not None and self._control.recording.wants(shape):
+            return self._recorded(described, serve)
+        if mode == "epmoe":
+            return self._own(described, serve)
+        if mode == "shadow":
+            if shadow.capturing():
+                shadow.captured(control)
+            elif control.sampler.wants(shape):
+                return self._compared(described, serve)
+        return self._triton(serve)
+
+    def _triton(self, serve):
+        control = self._control
+        begin = time.perf_counter()
+        result = serve()
+        spent = time.perf_counter() - begin
+        with control.lock:
+            control.counts["launches"] += 1
+            control.counts["triton"] += 1
+            control.seconds["triton"] += spent
+        return result
+
+    def _own(self, described, serve):
+        control, call = self._control, None
+        try:
+            _, call, _ = described()
+            result = call.run()
+        except Exception as error:
+            # Of an index out of range epmoe skips the slot and says so; Triton would read or write out of bounds.
+            beyond = isinstance(error, EpmoeError) and error.code == "ERR_INDEX_OUT_OF_RANGE"
+            beyond = beyond and call is not None and call.written()
+            if beyond or control.strict:
+                control.count("launches")
+                raise _refusal(self.__name__, error) from error
+            control.fell_back(_key(error), _told(error))
+            return self._triton(serve)
+        with control.lock:
+            control.counts["launches"] += 1
+            control.counts["epmoe"] += 1
+        return result
+
+    def _compared(self, described, serve):
+        control = self._control
+        sample = None
+        with timed(control, "shadow"):
+            try:
+                generation, call, launch = described()
+                sample = shadow.Sample(control, call, generation, launch)
+            except Exception as error:
+                self._not_compared(error)
+        result = self._triton(serve)
+        if sample is not None:
+            with timed(control, "shadow"):
+                control.count("sampled")
+                try:
+                    sample.finish(result)
+                except Exception as error:
+                    self._not_compared(error, launch)
+        return result
+
+    def _not_compared(self, error, launch=None):
+        if isinstance(error, Refused) or (isinstance(error, EpmoeError) and error.code in _REFUSALS):
+            self._control.fell_back(_key(error), _told(error), "uncovered")
+        else:
+            shadow.failed(self._control, error, launch)
+
+    def _recorded(self, described, serve):
+        """Serves as the mode says but without sampling, and writes what went in and what came out."""
+        control = self._control
+        if shadow.capturing():
+            shadow.captured(control)
+            return self._own(described, serve) if control.mode == "epmoe" else self._triton(serve)
+        made = None
+        with timed(control, "record"):
+            try:
+                made = self._capsule_before(described)
+            except Exception as error:
+                control.fell_back(_key(error), _told(error), "record_failures")
+        result = self._own(described, serve) if control.mode == "epmoe" else self._triton(serve)
+        if made is not None:
+            capsule, call = made
+            with timed(control, "record"):
+                capsule.tensors["epmoe" if control.mode == "epmoe" else "triton"] = call.results(result)
+                recorder.write(control, capsule)
+        return result
+
+    def _capsule_before(self, described):
+        generation, call, launch = described()
+        written = call.written()
+        inputs = {name: tensor for name, tensor in call.tensors().items() if name not in written}
+        device = next((tensor.device for tensor in call.tensors().values()), None)
+        before = {name: tensor.clone() for name, tensor in written.items() if name not in call.whole}
+        capsule = capsules.Capsule(
+            kernel=self.__name__,
+            generation=generation,
+            op=call.op,
+            scalars=call.scalars(),
+            launch=launch.told(),
+            environment=capsules.environment(device),
+            tensors={"argument": inputs, "before": before},
+        )
+        return capsule, call
+
+    def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        try:
+            original = self.original()
+        except EpmoeError as error:  # who asks whether there is such an attribute wants no other error
+            raise AttributeError(f"{name}: {error}") from None
+        return getattr(original, name)
+
+    def __repr__(self):
+        return f"<epmoe.shim.{self.__name__}, mode {self._control.mode!r}>"
+
+
+class Kernel(Shim):
+    """``kernel[grid](*args, **kwargs)`` and ``kernel.run(*args, grid=…, warmup=…, **kwargs)`` as of a Triton kernel. In
+    mode ``epmoe`` a launch returns None, for there is no compiled kernel."""
+
+    def __init__(self, name, original=None):
+        super().__init__(name, original)
+        self._form = self._names = None
+        self._defaults = {}
+        if original is not None:
+            self._form = form_of(original, name)
+            parameters = inspect.signature(getattr(original, "fn", original)).parameters
+            self._names = tuple(parameters)
+            self._defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
+
+    def __getitem__(self, grid):
+        return functools.partial(self._launch, grid)
+
+    def run(self, *args, grid, warmup=False, **kwargs):
+        if warmup:
+            return self.original().run(*args, grid=grid, warmup=True, **kwargs)
+        return self._launch(grid, *args, **kwargs)
+
+    def __call__(self, *args, **kwargs):
+        return self.original()(*args, **kwargs)
+
+    def _launch(self, grid, /, *args, **kwargs):
+        return self._serve(
+            lambda: self._describe(grid, args, kwargs),
+            lambda: self.original()[grid](*args, **kwargs),
+            lambda: shape_of(args, kwargs),
+        )
+
+    def _describe(self, grid, args, kwargs):
+        names, form = self._names, self._form
+        if names is None:
+            given = {name for name in kwargs if name not in OPTIONS}
+            form = form_by_call(self.__name__, len(args), given)
+            names = form.names
+        elif form is None:
+            raise Refused("its signature is not known", ", ".join(names))
+        if form.refused:
+            raise Refused(form.refused)
+        if len(args) > len(names):
+            raise Refused("too many positional arguments", str(len(args)))
+        bound = {**self._defaults, **dict(zip(names, args, strict=False))}
+        options = {}
+        for name, value in kwargs.items():
+            if name in OPTIONS:
+                options[name] = value
+            elif name not in names:
+                raise Refused(f"unknown keyword {name}")
+            elif name in names[: len(args)]:
+                raise Refused(f"{name} is given twice")
+            else:
+                bound[name] = value
+        if len(bound) != len(names):
+            raise Refused("arguments are missing", ", ".join(name for name in names if name not in bound))
+        programs, told = _programs(grid(bound) if callable(grid) else grid)
+        values = {own: bound[name] for own, name in zip(form.names, names, strict=True)}
+        call = form.translate(values, programs, self._control.numerics)
+        return form.generation, call, Launch(values, told, options)
+
+
+class Helper(Shim):
+    """A function that launches kernels, called as it was."""
+
+    def __init__(self, name, original=None):
+        super().__init__(name, original)
+        self._helper = HELPERS[name]
+        self._signature = None if original is None else inspect.signature(original)
+        if original is not None:
+            self.__doc__, self.__module__, self.__wrapped__ = original.__doc__, original.__module__, original
+
+    def __call__(self, *args, **kwargs):
+        return self._serve(
+            lambda: self._describe(args, kwargs),
+            lambda: self.original()(*args, **kwargs),
+            lambda: shape_of(args, kwargs),
+        )
+
+    def _describe(self, args, kwargs):
+        helper = self._helper
+        if self._signature is None:
+            if len(args) > len(helper.names):
+                raise Refused("too many positional arguments", str(len(args)))
+            values = {**dict(zip(helper.names, args, strict=False)), **kwargs}
+            if missing := [name for name in helper.names if name not in values]:
+                raise Refused("arguments are missing", ", ".join(missing))
+        else:
+            try:
+                bound = self._signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise Refused("the arguments do not fit", str(error)) from None
+            bound.apply_defaults()
+            values = bound.arguments
+        check_options(helper, values)
+        call = helper.translate(values, self._original, self._control.numerics)
+        return "", call, Launch(values)
+
+
+def _programs(grid):
+    if not isinstance(grid, (tuple, list)) or not 1 <= len(grid) <= 3:
+        raise Refused("the grid is no tuple of up to three numbers", repr(grid)[:40])
+    if not all(isinstance(each, int) for each in grid):
+        raise Refused("the grid is not made of whole numbers", repr(grid)[:40])
+    if any(each != 1 for each in grid[1:]):
+        raise Refused("the grid has more than one axis", repr(grid)[:40])
+    return grid[0], list(grid)
+
+
+class Launch:
+    """A launch as it was, for reports that are rarely asked for: tensors by shape, strides and place."""
+
+    def __init__(self, values, grid=None, options=None):
+        self.grid, self.options = grid, options or {}
+        self.values = {
+            name: (value.dtype, value.shape, value.stride(), value.storage_offset(), value.device)
+            if isinstance(value, Tensor)
+            else value
+            for name, value in values.items()
+        }
+
+    def told(self):
+        found = {"options": {name: _plain(value) for name, value in self.options.items()}}
+        if self.grid is not None:
+            found["grid"] = self.grid
+        found["arguments"] = {name: _plain(value) for name, value in self.values.items()}
+        return found
+
+
+def _plain(value):
+    if isinstance(value, tuple):
+        dtype, shape, strides, offset, device = value
+        return {
+            "dtype": str(dtype).removeprefix("torch."),
+            "shape": list(shape),
+            "strides": list(strides),
+            "offset": offset,
+            "device": str(device),
+        }
+    return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)[:80]
+
+
+_REFUSALS = {
+    "ERR_UNSUPPORTED_TENSOR",
+    "ERR_NOT_A_TENSOR",
+    "ERR_DTYPE",
+    "ERR_RANK",
+    "ERR_SHAPE",
+    "ERR_NOT_CONTIGUOUS",
+    "ERR_MISALIGNED",
+    "ERR_DEVICE",
+    "ERR_OVERLAP",
+    "ERR_VALUE",
+    "ERR_MISSING_ARGUMENT",
+    "ERR_UNEXPECTED_ARGUMENT",
+}
+
+
+def _key(error):
+    if isinstance(error, Refused):
+        return error.key
+    if isinstance(error, EpmoeError):
+        return f"{error.code} {error.argument}".strip()
+    return type(error).__name__
+
+
+def _told(error):
+    return str(error) if isinstance(error, (Refused, EpmoeError)) else f"{type(error).__name__}: {error}"
+
+
+def _refusal(name, error):
+    if isinstance(error, EpmoeError):
+        return error
+    return EpmoeError("ERR_SHIM_REFUSED", op=f"shim.{name}", expected="a call that epmoe takes", received=_told(error))
+
+
+def make(name, original=None):
+    return (Kernel if name in KERNELS else Helper)(name, original)
+
+
+def set_recording(rate, first_per_shape):
+    for control in controls.values():
+        control.recording = Sampler(rate, first_per_shape)
+
+
+def warn(text):
+    warnings.warn(f"epmoe.shim: {text}", RuntimeWarning, stacklevel=3)
