@@ -1,3 +1,4 @@
+import { spawnSync } from 'node:child_process'
 import { once } from 'node:events'
 import { existsSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
@@ -69,4 +70,26 @@ inTurn('a worker that is terminated in the middle of calls harms nobody', async 
     t.true(mainIsWell())
   }
   t.is(valueOf('torch.ones(2).sum().item()'), 2)
+})
+
+inTurn('a process whose workers alone use the kernels outlives them', (t) => {
+  // Node unloads what no thread holds any more: the library's own threads must not be left without their code.
+  const program = `
+    import { once } from 'node:events'
+    import { Worker } from 'node:worker_threads'
+    for (let round = 0; round < 60; round++) {
+      const workerData = { mode: 'kernels', calls: 1e9, seed: round + 1 }
+      const worker = new Worker(new URL(${JSON.stringify(file.href)}), { workerData })
+      await once(worker, 'message')
+      await worker.terminate()
+    }
+    const { readFileSync } = await import('node:fs')
+    console.log(/libepmoe/.test(readFileSync('/proc/self/maps', 'utf8')))`
+  const { status, signal, stdout, stderr } = spawnSync(process.execPath, ['--input-type=module', '--eval', program], {
+    encoding: 'utf8',
+    env: { ...process.env, NODE_OPTIONS: '' },
+  })
+  t.is(signal, null, stderr)
+  t.is(status, 0, stderr)
+  if (process.platform === 'linux') t.is(stdout, 'true\n')
 })

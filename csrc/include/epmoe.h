@@ -175,8 +175,8 @@ enum { EPMOE_STREAM_AUTO = 0, EPMOE_STREAM_GIVEN };
 EPMOE_API epmoe_status epmoe_invoke(const epmoe_op_info *op, const epmoe_value *values, int32_t n_values,
                                     int32_t stream_mode, void *stream);
 
-/* A call whose arguments have been checked once, to be made many times. The memory of its tensors must outlive it; their
- * contents may change between runs. */
+/* A call whose arguments have been checked once, to be made many times. The memory of its tensors must outlive it;
+ * their contents may change between runs. */
 typedef struct epmoe_prepared epmoe_prepared;
 EPMOE_API epmoe_status epmoe_prepare(const epmoe_op_info *op, const epmoe_value *values, int32_t n_values,
                                      epmoe_prepared **out);

@@ -143,7 +143,8 @@ Napi::Value prepare(const Napi::CallbackInfo &info) {
 void run_prepared_call(Environment &environment, double number) {
   const auto found = environment.prepared.find(number);
   if (found == environment.prepared.end()) {
-    environment.raise("ERR_DISPOSED", "PreparedCall", "", "a live call", "a disposed one", "Keep it until its last use");
+    environment.raise("ERR_DISPOSED", "PreparedCall", "", "a live call", "a disposed one",
+                      "Keep it until its last use");
   }
   const Environment::Prepared &prepared = found->second;
   void *stream = prepared.gpu < 0 ? nullptr : stream_of(environment, prepared.gpu, prepared.foreign);
