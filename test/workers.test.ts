@@ -79,7 +79,7 @@ inTurn('a process whose workers alone use the kernels outlives them', (t) => {
     import { Worker } from 'node:worker_threads'
     for (let round = 0; round < 60; round++) {
       const workerData = { mode: 'kernels', calls: 1e9, seed: round + 1 }
-      const worker = new Worker(new URL(${JSON.stringify(file.href)}), { workerData })
+      const worker = new Worker(new URL(${JSON.stringify(file.href)}), { workerData, execArgv: [] })
       await once(worker, 'message')
       await worker.terminate()
     }
