@@ -15,7 +15,7 @@ interface Ending {
 /** Runs a program that has Python, torch, an atexit function and unflushed output, and then does `body`. */
 function run(body: string, kill?: NodeJS.Signals): Promise<Ending> {
   const program = `
-    import { startPython } from 'epmoe'
+    import { startPython, Tensor } from 'epmoe'
     const python = startPython()
     const torch = python.import('torch')
     const m = python.exec(\`
@@ -70,6 +70,10 @@ const loads: Record<string, { start: string; finishes: boolean }> = {
   },
   'a daemon thread inside torch’s autograd': {
     start: `m.method('thread', m.get('multiply'), true); await tick(50);`,
+    finishes: true,
+  },
+  'tensors of either side alive on the other': {
+    start: `globalThis.kept = [Tensor.fromTorch(torch.method('ones', 5)), Tensor.zeros([5]).toTorch()];`,
     finishes: true,
   },
   'an ordinary thread': { start: `m.method('thread', m.get('later'), false, 0.3);`, finishes: true },
