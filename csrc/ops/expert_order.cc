@@ -77,7 +77,7 @@ class Order {
       before += count;
       const int64_t expert = b - 1;
       if (p_.reserved != nullptr) {
-        first_row_[i] = reserved_before;
+        first_row_[i] = std::min(reserved_before, p_.row_count);
         limit_[i] = b == 0 ? 0 : std::max<int64_t>(0, p_.reserved[expert]);
         reserved_before += limit_[i];
       } else if (p_.m_max > 0) {

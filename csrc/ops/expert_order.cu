@@ -51,21 +51,21 @@ __device__ __forceinline__ int bucket_of(const Arguments &a, int slot, int end) 
   return 0;
 }
 
-// Exclusive running sum of n values in place, by one warp; returns the total.
+// Exclusive running sum of n values, by one warp; no sum is told as more than `most`.
 template <typename Value>
-__device__ void exclusive_scan(int n, int32_t *out, const Value &value) {
+__device__ void exclusive_scan(int n, int32_t *out, int64_t most, const Value &value) {
   const int lane = threadIdx.x % 32;
-  int32_t carry = 0;
+  int64_t carry = 0;
   for (int first = 0; first < n; first += 32) {
     const int i = first + lane;
-    const int32_t own = i < n ? value(i) : 0;
-    int32_t sum = own;
+    const int64_t own = i < n ? value(i) : 0;
+    int64_t sum = own;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-      const int32_t other = __shfl_up_sync(0xffffffffu, sum, step);
+      const int64_t other = __shfl_up_sync(0xffffffffu, sum, step);
       if (lane >= step) sum += other;
     }
-    if (i < n) out[i] = carry + sum - own;
+    if (i < n) out[i] = static_cast<int32_t>(min(most, carry + sum - own));
     carry += __shfl_sync(0xffffffffu, sum, 31);
   }
 }
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) kernel(const Arguments a, int 
   s.reserved_before = s.before + buckets;
 
   if (a.reserved != nullptr && warp == warps - 1) {
-    exclusive_scan(buckets, s.reserved_before, [&](int b) { return reservation(a, b); });
+    exclusive_scan(buckets, s.reserved_before, a.row_count, [&](int b) { return reservation(a, b); });
   }
   if (static_cast<int>(blockIdx.x) >= counting) {
     __syncthreads();
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) kernel(const Arguments a, int 
     __syncthreads();
   }
   if (warp == 0) {
-    exclusive_scan(buckets, s.before, [&](int b) { return s.count[b]; });
+    exclusive_scan(buckets, s.before, INT32_MAX, [&](int b) { return s.count[b]; });
   }
   __syncthreads();
 
