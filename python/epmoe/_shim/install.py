@@ -7,9 +7,9 @@ import types
 from dataclasses import dataclass, field
 
 from epmoe._shim.control import NAMES, controls, lock
-from epmoe._shim.forms import KERNELS, form_of
-from epmoe._shim.helpers import HELPERS
+from epmoe._shim.forms import form_of
 from epmoe._shim.kernels import Shim, make
+from epmoe._shim.signatures import HELPERS, KERNELS
 from epmoe.errors import EpmoeError
 
 
