@@ -81,9 +81,9 @@ def find():
     return Original(None, module, version, generation, path)
 
 
-def locate():
-    """The file with the kernels, or None, and the version it is of."""
-    named = os.environ.get("EPMOE_SGLANG")
+def locate(named=None):
+    """The file with the kernels, or None, and the version it is of; ``named`` wins over EPMOE_SGLANG."""
+    named = named or os.environ.get("EPMOE_SGLANG")
     if named:
         root = Path(named)
         if root.is_file():

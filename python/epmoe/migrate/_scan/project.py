@@ -1,8 +1,10 @@
 """What imported names lead to in the files of a scan, and in an SGLang beside them."""
 
 import ast
+import contextlib
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from epmoe import sglang_original
 from epmoe._shim.signatures import HELPERS, NAMES
@@ -57,16 +59,12 @@ class Project:
         self.files[place] = file
         self._by_base.setdefault(os.path.basename(place), []).append(place)
 
-    def use_sglang(self, path):
-        """Has this file answer for SGLang's kernels where the scanned ones do not; None for an installed SGLang's."""
-        if path is None:
-            path, _ = sglang_original.locate()
+    def use_sglang(self, named):
+        """Has an SGLang's file answer for its kernels where the scanned ones do not: the one named, or an installed."""
+        path, _ = sglang_original.locate(named)
         if path is not None:
-            try:
-                with open(path, "rb") as file:
-                    self._sglang = File(os.fspath(path), file.read())
-            except (OSError, Unusable):
-                self._sglang = None
+            with contextlib.suppress(OSError, Unusable):
+                self._sglang = File(os.fspath(path), Path(path).read_bytes())
 
     # ------------------------------------------------------------ names
 
