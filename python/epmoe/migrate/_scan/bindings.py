@@ -34,7 +34,6 @@ class Absent:
 @dataclass(frozen=True)
 class Other:
     line: int
-    known: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,14 @@ class Scope:
 
 
 class Bindings:
-    """``scopes`` and ``parents`` of every node, ``followed``: values that are known by the names they are bound to."""
+    """``scopes`` and ``parents`` of every node, ``followed``: values that are known by the names they are bound to.
 
-    def __init__(self, tree):
-        self.tree = tree
+    ``telling`` are names that say what they are, wherever they come from: as attributes of objects that nothing is
+    known of (``?.name``), or bound by nothing in the file (``!.name``).
+    """
+
+    def __init__(self, tree, telling):
+        self.tree, self._telling = tree, telling
         self.top = Scope("module", tree)
         self.scopes, self.parents = {}, {}
         self.followed = set()
@@ -241,7 +244,7 @@ class Bindings:
             found = self._lookup(node.id, scope)
             if found is None:
                 stars = [Imported(star.dotted + node.id, star.statement) for star in self.stars]
-                return stars or [Other(node.lineno, known=False)]
+                return stars or self._by_name("!", node.id, node)
             return self.unfolded(found.names[node.id], seen)
         if isinstance(node, ast.Attribute):
             return self._attribute(node, scope, seen)
@@ -273,10 +276,13 @@ class Bindings:
                 found.append(Imported(f"{origin.dotted}.{node.attr}", origin.statement))
             elif isinstance(origin, Defined) and isinstance(origin.node, ast.ClassDef):
                 inner = next(each for each in self._all if each.node is origin.node)
-                found += self.unfolded(inner.names.get(node.attr, [Other(node.lineno, known=False)]), seen)
+                found += self.unfolded(inner.names.get(node.attr, [Other(node.lineno)]), seen)
             elif not isinstance(origin, Absent):
-                found.append(Other(node.lineno, known=False))
+                found += self._by_name("?", node.attr, node)
         return found
+
+    def _by_name(self, prefix, name, node):
+        return [Imported(f"{prefix}.{name}") if name in self._telling else Other(node.lineno)]
 
     def _call(self, node, seen):
         called = self.origins(node.func, seen) if len(node.args) == 1 and not node.keywords else []

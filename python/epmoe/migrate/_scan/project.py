@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from epmoe import sglang_original
-from epmoe._shim.signatures import HELPERS, NAMES
+from epmoe._shim.signatures import HELPERS, KERNELS, NAMES
 from epmoe.migrate._scan.bindings import Bindings, Defined, Imported
 from epmoe.migrate._scan.sources import Source, Unusable
 
@@ -41,7 +41,7 @@ class Meaning:
 class File:
     def __init__(self, path, data):
         self.path, self.source = path, Source(data)
-        self.bindings = Bindings(self.source.tree)
+        self.bindings = Bindings(self.source.tree, KERNELS)  # helpers' names are too plain to go by
 
 
 class Project:
@@ -99,7 +99,14 @@ class Project:
             return []
         inner = other.bindings.unfolded(other.bindings.top.names[name])
         found = [meaning for each in inner for meaning in self._meanings(each, other, depth + 1)]
-        return [replace(each, migrated=each.migrated or origin.dropped_in) for each in found]
+        return [
+            replace(
+                each,
+                module=module if each.module.startswith(".") else each.module,
+                migrated=each.migrated or origin.dropped_in,
+            )
+            for each in found
+        ]
 
     def _definition(self, dotted, file, depth):
         """Where a kernel is defined, through re-exports; None where that is not seen, or not one place."""

@@ -179,20 +179,6 @@ def _is_seen(bindings, statement, scope, name):
     return own.kind in ("module", "function") and scope.inside(own) and not declared and not checked
 
 
-def _at_the_top(file, name):
-    """Behind the imports that a module begins with."""
-    body = file.source.tree.body
-    if any(_is_there(each, name) for each in body):
-        return []
-    last = None
-    for at, statement in enumerate(body):
-        documents = at == 0 and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-        if not documents and not isinstance(statement, (ast.Import, ast.ImportFrom)):
-            break
-        last = statement
-    return [_ahead(file.source, body[0]) if last is None else _behind(file.source, last)]
-
-
 def _block_of(parent, statement):
     """The list of statements that one is in."""
     blocks = [value for _, value in ast.iter_fields(parent) if isinstance(value, list)]

@@ -54,19 +54,12 @@ class Finder:
         found = {}
         for node in self.bindings.scopes:
             if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Load):
-                origins = self._origins(node)
+                origins = self.bindings.origins(node)
                 if self.project.meanings(origins, self.file):
                     use = self._use(node)
                     if use is not None and use.node not in found:
                         found[use.node] = self._site(use)
         return sorted((each for each in found.values() if each), key=lambda each: (each.line, each.column))
-
-    def _origins(self, node):
-        origins = self.bindings.origins(node)
-        name = getattr(node, "attr", getattr(node, "id", ""))
-        unknown = all(isinstance(each, Other) and not each.known for each in origins)
-        # Nobody else's attributes have a kernel's name; helpers' names are too plain to go by.
-        return [Imported(f"?.{name}")] if unknown and name in KERNELS else origins
 
     # ------------------------------------------------------------ uses
 
@@ -124,7 +117,7 @@ class Finder:
     # ------------------------------------------------------------ sites
 
     def _site(self, use):
-        origins = self._origins(use.node)
+        origins = self.bindings.origins(use.node)
         meanings = list(dict.fromkeys(self.project.meanings(origins, self.file)))
         kernels = sorted({each.kernel for each in meanings})
         kernel = kernels[0]
@@ -142,7 +135,7 @@ class Finder:
                     form, arguments = matched.form, matched.arguments
         start, _ = self.source.span(use.node)
         line = self.source.line_start(use.node.lineno)
-        migrated = use.dropped_in or all(each.migrated for each in meanings)
+        migrated = use.dropped_in or any(each.migrated for each in meanings)
         blockers = [dict(each) for each in dict.fromkeys(tuple(each.items()) for each in blockers)]
         if migrated:
             notes, blockers = [*notes, *(each["reason"] for each in blockers)], []
@@ -153,7 +146,7 @@ class Finder:
             kernel=" or ".join(kernels),
             kind=use.kind,
             callee=self._text(use.node),
-            module=" or ".join(dict.fromkeys(each.module.strip("?") for each in meanings if each.module.strip("?"))),
+            module=" or ".join(dict.fromkeys(each.module for each in meanings if each.module.strip("?!"))),
             op=form.op if form else (KERNELS[kernel][0] if kernel in KERNELS else HELPERS[kernel]).op,
             generation=" or ".join(dict.fromkeys(each for each in generations if each)),
             arguments=arguments,
@@ -180,7 +173,7 @@ class Finder:
                 blockers.append(_blocker("rebound", f"its name is bound to something else too, at line {each.line}"))
             elif not isinstance(each, Absent) and not self.project.meanings([each], self.file):
                 blockers.append(_blocker("rebound", "its name is bound to something else too"))
-            elif isinstance(each, Imported) and each.dotted.startswith("?.") and isinstance(use.node, ast.Name):
+            elif isinstance(each, Imported) and each.dotted.startswith("!."):
                 blockers.append(_blocker("unbound", "nothing in this file binds its name"))
         node = use.node
         while (node := self.bindings.parents[node]) is not None:
