@@ -4,11 +4,11 @@ import type { ScanReport, ScanSite } from './scan.js'
 export function scanText({ sites, problems, changes, files, seconds, summary }: ScanReport): string {
   const lines = sites.flatMap(siteLines)
   for (const { file, kind, reason } of problems) lines.push(`${file}: ${kind}: ${reason}`)
-  for (const { file, sites: count, written } of changes) if (written) lines.push(`${file}: written, ${plural(count)}`)
+  for (const { file, sites: count, written } of changes) if (written) lines.push(`${file}: written, ${plural(count, 'site')}`)
   const { ready, blocked, migrated } = summary
   lines.push(
-    `${plural(sites.length)}: ${migrated} migrated, ${ready} ready, ${blocked} blocked; ` +
-      `${files.seen} files seen, ${files.parsed} parsed, ${seconds.toFixed(1)} s`,
+    `${plural(sites.length, 'site')}: ${migrated} migrated, ${ready} ready, ${blocked} blocked; ` +
+      `${plural(files.seen, 'file')} seen, ${files.parsed} parsed, ${seconds.toFixed(1)} s`,
   )
   return lines.join('\n')
 }
@@ -25,6 +25,6 @@ function siteLines(site: ScanSite): string[] {
   ]
 }
 
-function plural(count: number): string {
-  return count === 1 ? '1 site' : `${count} sites`
+function plural(count: number, noun: string): string {
+  return `${count} ${noun}${count === 1 ? '' : 's'}`
 }

@@ -386,7 +386,12 @@ class Running(Case):
         self.assertEqual(report["summary"], {"ready": 0, "blocked": 0, "migrated": 4})
         sys.path.insert(0, str(self.root))
         self.addCleanup(sys.path.remove, str(self.root))
+        self.addCleanup(self.forget, package.name)
         return importlib.import_module(f"{package.name}.layer")
+
+    def forget(self, package):
+        for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+            del sys.modules[name]
 
     def test_it_gives_what_the_original_gives_in_every_mode(self):
         layer = self.rewritten()

@@ -90,8 +90,15 @@ class _Look:
         unread = [path for path in every if not self._take(path)]
         self._take_aliases(unread)
         self.files.sort(key=lambda file: every[file.path])
-        self.sites_of = {file.path: Finder(self.project, file).sites() for file in self.files}
+        self.sites_of = {file.path: self._sites_in(file) for file in self.files}
         self.sites = [site for sites in self.sites_of.values() for site in sites]
+
+    def _sites_in(self, file):
+        try:
+            return Finder(self.project, file).sites()
+        except RecursionError:
+            self.problems.append(Problem(file.path, "does-not-parse", "nested too deeply to be followed"))
+            return []
 
     def _take(self, path):
         """Whether a file is done with: read, or given up."""

@@ -24,7 +24,7 @@ const verb: Verb = {
       .option('--revert', 'take the rewrite back, byte for byte')
       .option('--sglang <path>', "the SGLang whose kernels imports lead to; default: EPMOE_SGLANG, or Python's own")
       .option('--json', 'as JSON')
-      .addHelpText('after', "\nIt exits with 1 also for a file that could not be written. Files are read, never run.")
+      .addHelpText('after', '\nIt exits with 1 also for a file that could not be written. Files are read, never run.')
   },
   async run(options: Options, args: string[]) {
     if (options.write && options.revert) throw usageError('--revert', 'one of --write and --revert', 'both')

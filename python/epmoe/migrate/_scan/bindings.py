@@ -4,7 +4,7 @@ A name's origins are all that is ever bound to it: something imported, defined h
 """
 
 import ast
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -16,7 +16,7 @@ class Imported:
     """``dotted`` is the path of modules and names, with leading dots where it is relative."""
 
     dotted: str
-    statement: ast.stmt | None = field(default=None, compare=False)
+    statement: ast.stmt | None = None
     dropped_in: bool = False
 
 
@@ -75,6 +75,7 @@ class Bindings:
         self.stars = []
         self._values = {}  # target of an assignment: its value, None where there is none
         self._all = [self.top]
+        self._classes = {}
         stack = [(tree, self.top, None)]
         while stack:
             node, scope, parent = stack.pop()
@@ -116,7 +117,7 @@ class Bindings:
 
     def _ClassDef(self, node, scope):  # noqa: N802
         scope.bind(node.name, Defined(node))
-        inner = self._scope("class", node, scope)
+        inner = self._classes[node] = self._scope("class", node, scope)
         outer = [*node.decorator_list, *node.bases, *node.keywords]
         return [*((each, scope) for each in outer), *((each, inner) for each in node.body)]
 
@@ -234,49 +235,60 @@ class Bindings:
         first = [*found.node.args.posonlyargs, *found.node.args.args][:1]
         return found.parent if first and first[0].arg == node.id else None
 
-    def origins(self, node, seen=frozenset()):
-        """Everything that an expression may stand for, as far as bindings tell."""
-        if node in seen or len(seen) > 50:
-            return []
-        seen = seen | {node}
+    def origins(self, node, known=None):
+        """Everything that an expression may stand for, as far as bindings tell.
+
+        ``known`` has the origins of names on the way, each looked up once; of one that is being looked up, those that
+        need no further look.
+        """
+        known = {} if known is None else known
         scope = self.scopes[node]
         if isinstance(node, ast.Name):
             found = self._lookup(node.id, scope)
             if found is None:
                 stars = [Imported(star.dotted + node.id, star.statement) for star in self.stars]
                 return stars or self._by_name("!", node.id, node)
-            return self.unfolded(found.names[node.id], seen)
+            return self._unfolded((found, node.id), found.names[node.id], known)
         if isinstance(node, ast.Attribute):
-            return self._attribute(node, scope, seen)
+            return self._attribute(node, scope, known)
         if isinstance(node, ast.NamedExpr):
-            return self.origins(node.value, seen)
+            return self.origins(node.value, known)
         if isinstance(node, (ast.IfExp, ast.BoolOp)):
             parts = [node.body, node.orelse] if isinstance(node, ast.IfExp) else node.values
-            return [origin for part in parts for origin in self.origins(part, seen)]
+            return [origin for part in parts for origin in self.origins(part, known)]
         if isinstance(node, ast.Constant) and node.value is None:
             return [Absent()]
         if isinstance(node, ast.Call):
-            return self._call(node, seen)
+            return self._call(node, known)
         return [Other(node.lineno)]
 
-    def unfolded(self, bound, seen=frozenset()):
-        """The origins of what a scope holds under a name."""
-        found = []
-        for each in bound:
-            found += self.origins(each.expression, seen) if isinstance(each, _Value) else [each]
-        return found
+    def exported(self, name):
+        """What a name of the module stands for."""
+        return self._unfolded((self.top, name), self.top.names.get(name, []), {})
 
-    def _attribute(self, node, scope, seen):
+    def _unfolded(self, key, bound, known):
+        if key not in known:
+            known[key] = [each for each in bound if not isinstance(each, _Value)]
+            found = {}
+            for each in bound:
+                found.update(
+                    dict.fromkeys(self.origins(each.expression, known) if isinstance(each, _Value) else [each])
+                )
+            known[key] = list(found)
+        return known[key]
+
+    def _attribute(self, node, scope, known):
         owner = self._class_of_self(node.value, scope)
         if owner is not None and (node.attr in owner.attributes or node.attr in owner.names):
-            return self.unfolded([*owner.attributes.get(node.attr, []), *owner.names.get(node.attr, [])], seen)
+            bound = [*owner.attributes.get(node.attr, []), *owner.names.get(node.attr, [])]
+            return self._unfolded((owner, "self", node.attr), bound, known)
         found = []
-        for origin in self.origins(node.value, seen):
+        for origin in self.origins(node.value, known):
             if isinstance(origin, Imported):
                 found.append(Imported(f"{origin.dotted}.{node.attr}", origin.statement))
             elif isinstance(origin, Defined) and isinstance(origin.node, ast.ClassDef):
-                inner = next(each for each in self._all if each.node is origin.node)
-                found += self.unfolded(inner.names.get(node.attr, [Other(node.lineno)]), seen)
+                inner = self._classes[origin.node]
+                found += self._unfolded((inner, node.attr), inner.names.get(node.attr, [Other(node.lineno)]), known)
             elif not isinstance(origin, Absent):
                 found += self._by_name("?", node.attr, node)
         return found
@@ -284,15 +296,19 @@ class Bindings:
     def _by_name(self, prefix, name, node):
         return [Imported(f"{prefix}.{name}") if name in self._telling else Other(node.lineno)]
 
-    def _call(self, node, seen):
-        called = self.origins(node.func, seen) if len(node.args) == 1 and not node.keywords else []
-        argument = node.args[0] if called else None
-        if self.is_drop_in(called):
+    def _call(self, node, known):
+        called = node.func
+        plain = isinstance(called, ast.Name) or getattr(called, "attr", "") in ("drop_in", "import_module")
+        if not plain or len(node.args) != 1 or node.keywords:
+            return [Other(node.lineno)]
+        origins, argument = self.origins(called, known), node.args[0]
+        if self.is_drop_in(origins):
             return [
                 replace(each, dropped_in=True) if isinstance(each, (Imported, Defined)) else each
-                for each in self.origins(argument, seen)
+                for each in self.origins(argument, known)
             ]
-        if called == [Imported("importlib.import_module")] and isinstance(argument, ast.Constant):
+        loads = any(isinstance(each, Imported) and each.dotted == "importlib.import_module" for each in origins)
+        if loads and isinstance(argument, ast.Constant):
             return [Imported(str(argument.value))]
         return [Other(node.lineno)]
 

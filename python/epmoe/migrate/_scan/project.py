@@ -95,9 +95,9 @@ class Project:
             return [Meaning(name, module, found, origin.dropped_in)]
         # A name of their own that another file gave a kernel.
         other = self._file_of(module, file)
-        if other is None or depth > _DEPTH or name not in other.bindings.top.names:
+        if other is None or depth > _DEPTH:
             return []
-        inner = other.bindings.unfolded(other.bindings.top.names[name])
+        inner = other.bindings.exported(name)
         found = [meaning for each in inner for meaning in self._meanings(each, other, depth + 1)]
         return [
             replace(
@@ -164,11 +164,9 @@ class Project:
         found = set()
         for file in self.files.values():
             stem = os.path.basename(file.path).removesuffix(".py")
-            for name, bound in file.bindings.top.names.items():
-                if name not in NAMES and not name.startswith("__"):
-                    origins = file.bindings.unfolded(bound)
-                    if self.meanings(origins, file):
-                        found.add((name, "" if stem == "__init__" else stem))
+            for name in file.bindings.top.names.keys() - {*NAMES}:
+                if self.meanings(file.bindings.exported(name), file):
+                    found.add((name, "" if stem == "__init__" else stem))
         return found
 
 

@@ -9,6 +9,7 @@ from epmoe.migrate._scan.bindings import Absent, Imported, Other
 from epmoe.migrate._scan.project import MOVED, Meaning, is_jit
 
 _GUARDS = (ast.Compare, ast.UnaryOp, ast.Assert, ast.Expr, ast.Delete)
+_FORMATTED = ("JoinedStr", "TemplateStr")
 _LONGEST = 200
 
 
@@ -148,7 +149,7 @@ class Finder:
             callee=self._text(use.node),
             module=" or ".join(dict.fromkeys(each.module for each in meanings if each.module.strip("?!"))),
             op=form.op if form else (KERNELS[kernel][0] if kernel in KERNELS else HELPERS[kernel]).op,
-            generation=" or ".join(dict.fromkeys(each for each in generations if each)),
+            generation=" or ".join(sorted({*generations} - {""})),
             arguments=arguments,
             state="migrated" if migrated else "blocked" if blockers else "ready",
             blockers=blockers,
@@ -177,7 +178,7 @@ class Finder:
                 blockers.append(_blocker("unbound", "nothing in this file binds its name"))
         node = use.node
         while (node := self.bindings.parents[node]) is not None:
-            if isinstance(node, ast.JoinedStr):
+            if type(node).__name__ in _FORMATTED:
                 blockers.append(_blocker("f-string", "it stands in an f-string"))
             if isinstance(node, ast.FunctionDef) and is_jit(node):
                 blockers.append(_blocker("device-code", f"it stands in the kernel {node.name}"))
