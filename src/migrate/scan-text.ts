@@ -4,7 +4,8 @@ import type { ScanReport, ScanSite } from './scan.js'
 export function scanText({ sites, problems, changes, files, seconds, summary }: ScanReport): string {
   const lines = sites.flatMap(siteLines)
   for (const { file, kind, reason } of problems) lines.push(`${file}: ${kind}: ${reason}`)
-  for (const { file, sites: count, written } of changes) if (written) lines.push(`${file}: written, ${plural(count, 'site')}`)
+  for (const { file, sites: count, written } of changes)
+    if (written) lines.push(`${file}: written, ${plural(count, 'site')}`)
   const { ready, blocked, migrated } = summary
   lines.push(
     `${plural(sites.length, 'site')}: ${migrated} migrated, ${ready} ready, ${blocked} blocked; ` +
