@@ -47,6 +47,7 @@ test('scan() tells file, place, kernel, generation and arguments', async (t) => 
     kind: 'launch',
     callee: 'combine',
     module: 'sglang.srt.layers.moe.ep_moe.kernels',
+    definition: '',
     op: 'post_reorder',
     generation: 'A',
     state: 'ready',

@@ -33,6 +33,8 @@ export interface ScanSite {
   callee: string
   /** Where it is imported from, as it is written; empty where it is not. */
   module: string
+  /** The file that defines it; empty where that is not seen, and the call alone tells the signature. */
+  definition: string
   /** The op of epmoe that takes its place: `post_reorder`. */
   op: string
   /** post_reorder's generation, A to D; `C or D` where the call does not tell. Empty for kernels that have but one. */

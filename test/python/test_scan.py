@@ -1,5 +1,6 @@
 """epmoe.migrate.scan: import styles of SGLang's versions, scopes, blockers, and files that cannot be scanned."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -353,6 +354,7 @@ class Names(Case):
         self.assertEqual(set(found), {"one.py", "two.py", "three.py"})
         for site in found.values():
             self.assertEqual((site["kernel"], site["generation"]), ("post_reorder_triton_kernel", "B"))
+            self.assertEqual(site["definition"], str(self.root / "pkg/kernels.py"))
             self.assertEqual(site["state"], "ready")
 
     def test_what_is_no_site(self):
@@ -594,7 +596,11 @@ class Files(Case):
 
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = Path(__import__("torch").__file__).parent, Path(__import__("triton").__file__).parent
+PACKAGES = [
+    folder
+    for name in ("torch", "triton", "transformers")
+    for folder in getattr(importlib.util.find_spec(name), "submodule_search_locations", [])
+]
 
 
 class Large(Case):

@@ -24,6 +24,7 @@ class Site:
     kind: str  # launch, call, partial, value
     callee: str
     module: str
+    definition: str
     op: str
     generation: str
     arguments: list
@@ -148,6 +149,7 @@ class Finder:
             kind=use.kind,
             callee=self._text(use.node),
             module=" or ".join(dict.fromkeys(each.module for each in meanings if each.module.strip("?!"))),
+            definition=" or ".join(dict.fromkeys(each.definition.file for each in meanings if each.definition)),
             op=form.op if form else (KERNELS[kernel][0] if kernel in KERNELS else HELPERS[kernel]).op,
             generation=" or ".join(sorted({*generations} - {""})),
             arguments=arguments,
