@@ -377,7 +377,8 @@ class Names(Case):
             "inner def": f"{FROM}\ndef f():\n    def g(): pass\n    g[1]({name}=1)\n",
             "nonlocal": f"{FROM}\ndef f():\n    {name} = g()\n    def h():\n        nonlocal {name}\n        {LAUNCH}",
             "other import in between": f"{FROM}\ndef f():\n    from n import other as {name}\n    {LAUNCH}",
-            "class scope is not its methods'": f"class A:\n    {FROM}\n    def f(self, {name}): {LAUNCH}",
+            "class scope is not its methods'": "class A:\n    from m import ep_gather\n"
+            "    def f(self): ep_gather(a, b, c, d, e)\n",
             "guards": f"{FROM}\nif {name} is None or not {name}: pass\nassert {name}\nif {name}: pass\n",
             "attributes": f"{FROM}\n{name}.fn.__doc__, {name}.cache\n",
             "device code": f"{FROM}\n@triton.jit\ndef k(a):\n    {name}(a)\n",

@@ -5,6 +5,7 @@ import importlib
 import itertools
 import os
 import random
+import re
 import shutil
 import stat
 import sys
@@ -54,6 +55,8 @@ class Rewriting(Case):
         again = self.scan(action="write")
         self.assertEqual((again["changes"], file.read_bytes()), ([], after))
         self.assertTrue(_is_subsequence(data, after))
+        ends = [set(re.findall(rb"\r\n|\r|\n", text)) for text in (data, after)]
+        self.assertEqual(ends[0] or ends[1], ends[1])
         self.assertEqual(
             ast.dump(ast.fix_missing_locations(Unwrap().visit(ast.parse(after)))), ast.dump(ast.parse(data))
         )
