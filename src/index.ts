@@ -5,6 +5,15 @@ export type { DType, TypedArray } from './dtype.js'
 export { EpmoeError, PythonError } from './errors.js'
 export * from './generated/ops.js'
 export {
+  isMigrated,
+  type ScanBlocker,
+  type ScanOptions,
+  type ScanProblem,
+  type ScanReport,
+  type ScanSite,
+  scan,
+} from './migrate/scan.js'
+export {
   type MoeActivation,
   type MoeForwardArguments,
   type MoeLayer,

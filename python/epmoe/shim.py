@@ -1,7 +1,8 @@
 """Objects that take the place of SGLang's Triton kernels and run epmoe instead, or beside them.
 
 ``install()`` puts them into the loaded modules that hold the kernels; ``uninstall()`` puts the originals back.
-Rewritten sources use them by name: ``epmoe.shim.post_reorder_triton_kernel[grid](...)``. A kernel's mode is one of
+Sources that ``epmoe scan`` has rewritten say ``drop_in(kernel)[grid](...)``. Where there is no Triton kernel, the
+objects go by their names: ``epmoe.shim.post_reorder_triton_kernel[grid](...)``. A kernel's mode is one of
 
 - ``epmoe`` (the default): epmoe's kernel, with the original's arithmetic; a call that epmoe does not take goes to
   Triton, counted and warned of once, or raises where ``strict`` is set;
@@ -24,6 +25,7 @@ from epmoe.errors import EpmoeError
 
 __all__ = [
     "configure",
+    "drop_in",
     "events",
     "flush",
     "get_mode",
@@ -36,6 +38,9 @@ __all__ = [
     "stats",
     "uninstall",
 ]
+
+
+drop_in = _install.drop_in
 
 
 def install(modules=None, *, mode=None, **modes):
