@@ -193,12 +193,12 @@ class RankGroup:
             tensor = host
         return tensor.tolist()
 
-    def all_reduce(self, tensor):
+    def all_reduce(self, tensor, in_float32):
         """Sums over the ranks, in place and under way; :meth:`wait` for the result."""
-        if self._staged(tensor):
-            host = tensor.cpu()
-            return _Work(dist.all_reduce(host, group=self._group, async_op=True), (tensor, host), (host,))
-        return _Work(dist.all_reduce(tensor, group=self._group, async_op=True), None, (tensor,))
+        summed = tensor.float() if in_float32 else tensor
+        summed = summed.cpu() if self._staged(tensor) else summed
+        work = dist.all_reduce(summed, group=self._group, async_op=True)
+        return _Work(work, None if summed is tensor else (tensor, summed), (summed,))
 
     def all_to_all(self, output, rows, output_splits, splits):
         """Sends ``splits[r]`` rows to each rank r and receives ``output_splits[r]``; rows lie in the order of ranks."""
@@ -214,21 +214,25 @@ class RankGroup:
         """Until the result is there: on the host with gloo, in the current stream with NCCL."""
         if self.backend == "nccl":
             work.handle.wait()
-            return
+        else:
+            self._wait_on_host(work)
+        if work.copy is not None:
+            target, result = work.copy
+            target.copy_(result)
+
+    def _wait_on_host(self, work):
         deadline = time.monotonic() + self.timeout
         slice_ = datetime.timedelta(seconds=self._watch.interval)
         while True:
             try:
                 work.handle.wait(slice_)
-                break
+                return
             except RuntimeError as error:
                 # A wait that has run out of time raises as a failed collective does.
                 if work.handle.is_completed() and not work.handle.is_success():
                     raise self._watch.diagnose(error) from error
                 if not work.handle.is_completed():
                     self._check(deadline)
-        if work.copy is not None:
-            work.copy[0].copy_(work.copy[1])
 
     @property
     def broken(self):

@@ -3,6 +3,13 @@ import type { PyRef } from '../python/ref.js'
 import type { RankGroup } from './group.js'
 import { checkIds, type Plan, type Scheme } from './scheme.js'
 
+export interface AllReduceOptions {
+  chunks: number
+  numExperts: number
+  agreement: 'each-call' | 'none' | undefined
+  reduceIn: 'float32' | 'activations' | undefined
+}
+
 /**
  * Every rank has all tokens and computes the share of its experts; the shares are summed. One chunk's sum is under way
  * while the next is computed.
@@ -10,31 +17,21 @@ import { checkIds, type Plan, type Scheme } from './scheme.js'
 export class AllReduce implements Scheme {
   readonly #group: RankGroup
   readonly #layer: MoeLayer
-  readonly #chunks: number
-  readonly #numExperts: number
-  readonly #agreement: 'each-call' | 'none'
+  readonly #options: AllReduceOptions
 
-  constructor(
-    group: RankGroup,
-    layer: MoeLayer,
-    chunks: number,
-    numExperts: number,
-    agreement: 'each-call' | 'none' = 'each-call',
-  ) {
+  constructor(group: RankGroup, layer: MoeLayer, options: AllReduceOptions) {
     this.#group = group
-    this.#numExperts = numExperts
     this.#layer = layer
-    this.#chunks = chunks
-    this.#agreement = agreement
+    this.#options = options
   }
 
   plan(args: MoeForwardArguments): Plan {
     const axes = this.#layer.check(args)
-    checkIds(args, axes, this.#numExperts)
+    checkIds(args, axes, this.#options.numExperts)
     const [tokens, hidden] = [axes.size('T'), axes.size('H')]
     return {
       agree: () => {
-        if (this.#agreement === 'none') return
+        if (this.#options.agreement === 'none') return
         this.#group.python.method('agree_on', tokens, axes.size('K')).dispose()
       },
       compute: () => this.#compute(args, tokens, hidden),
@@ -42,16 +39,18 @@ export class AllReduce implements Scheme {
   }
 
   refuse(message: string): void {
-    if (this.#agreement === 'each-call') this.#group.python.method('decline', message).dispose()
-    else this.#group.python.method('fail', message).dispose()
+    this.#group.python.method(this.#options.agreement === 'none' ? 'fail' : 'decline', message).dispose()
   }
 
   #compute(args: MoeForwardArguments, tokens: number, hidden: number): PyRef {
     const ranks = this.#group.python
     const output = args.output ?? args.hiddenStates.method('new_empty', [tokens, hidden])
     const works: PyRef[] = []
-    for (let chunk = 0; chunk < this.#chunks; chunk++) {
-      const [start, end] = [0, 1].map((next) => Math.floor(((chunk + next) * tokens) / this.#chunks)) as [number, number]
+    for (let chunk = 0; chunk < this.#options.chunks; chunk++) {
+      const [start, end] = [0, 1].map((next) => Math.floor(((chunk + next) * tokens) / this.#options.chunks)) as [
+        number,
+        number,
+      ]
       if (start === end) continue
       const part: Record<string, PyRef> = {}
       for (const [name, tensor] of Object.entries({ ...args, output }) as [string, PyRef | undefined][]) {
@@ -61,7 +60,7 @@ export class AllReduce implements Scheme {
         part[name] = tensor.method('narrow', 0, start, end - start)
       }
       this.#layer.forward(part as unknown as MoeForwardArguments)
-      works.push(ranks.method('all_reduce', part['output']))
+      works.push(ranks.method('all_reduce', part['output'], this.#options.reduceIn !== 'activations'))
       for (const each of Object.values(part)) each.dispose()
     }
     for (const work of works) {

@@ -1,6 +1,6 @@
 import { postReorder, preprocess, preReorder } from '../generated/ops.js'
-import type { MoeForwardArguments, MoeLayer, MoeLayerOptions } from '../moe-layer.js'
 import type { Axes } from '../moe/check.js'
+import type { MoeForwardArguments, MoeLayer, MoeLayerOptions } from '../moe-layer.js'
 import { kw } from '../python/encode.js'
 import type { PyRef } from '../python/ref.js'
 import { startPython } from '../python/start.js'

@@ -1,12 +1,6 @@
 import { describeValue, EpmoeError } from '../errors.js'
 import { oneOf, onlyKnown } from '../moe/check.js'
-import {
-  type MoeForwardArguments,
-  type MoeLayer,
-  type MoeLayerOptions,
-  moeLayer,
-  weightAxes,
-} from '../moe-layer.js'
+import { type MoeForwardArguments, type MoeLayer, type MoeLayerOptions, moeLayer, weightAxes } from '../moe-layer.js'
 import type { PyRef } from '../python/ref.js'
 import { AllReduce } from './all-reduce.js'
 import { AllToAll } from './all-to-all.js'
@@ -32,6 +26,11 @@ export interface ExpertParallelOptions extends Omit<MoeLayerOptions, 'startExper
    * the caller's word, so that on CUDA nothing waits. all-to-all always agrees. Default `each-call`.
    */
   agreement?: 'each-call' | 'none' | undefined
+  /**
+   * Of all-reduce: what the ranks' outputs are summed in. `activations` halves the bytes of 16-bit layers and rounds
+   * with every rank that is added. Default `float32`.
+   */
+  reduceIn?: 'float32' | 'activations' | undefined
 }
 
 /**
@@ -54,15 +53,17 @@ export class ExpertParallelLayer implements Disposable {
   /** Made by expertParallel(). */
   constructor(options: ExpertParallelOptions) {
     onlyKnown(options, optionNames, 'expertParallel')
-    const { group, scheme, chunks = 2, agreement, numExperts, ...weights } = options
+    const { group, scheme, chunks = 2, agreement, reduceIn, numExperts, ...weights } = options
     if (!(group instanceof RankGroup)) throw wrong('group', 'the group that joinRanks() gave', group)
     const brought = inAgreement(group, () => {
-      oneOf('scheme', scheme ?? '', ['all-reduce', 'all-to-all'], 'expertParallel')
+      if (!['all-reduce', 'all-to-all'].includes(scheme)) throw wrong('scheme', "'all-reduce' or 'all-to-all'", scheme)
       oneOf('agreement', agreement, ['each-call', 'none'], 'expertParallel')
+      oneOf('reduceIn', reduceIn, ['float32', 'activations'], 'expertParallel')
       if (!Number.isSafeInteger(chunks) || chunks < 1 || chunks > 64) throw wrong('chunks', '1 to 64', chunks)
       const axes = weightAxes(weights)
-      if (axes.size('E') === 0) throw wrong('w13', 'at least one expert on every rank', 'none')
-      return { hidden: axes.size('H'), experts: axes.size('E'), dtype: axes.dtype, scheme, chunks, agreement, numExperts }
+      if (axes.size('E') === 0) throw wrong('w13', 'at least one expert on every rank', 0)
+      const [hidden, experts] = [axes.size('H'), axes.size('E')]
+      return { hidden, experts, dtype: axes.dtype, scheme, chunks, agreement, reduceIn, numExperts }
     })
     const starts = [0]
     for (const { experts } of brought) starts.push(starts.at(-1)! + experts)
@@ -75,7 +76,12 @@ export class ExpertParallelLayer implements Disposable {
     this.#group = group
     if (scheme === 'all-reduce') {
       this.#layer = moeLayer({ ...weights, startExpertId: this.startExpertId, numExperts: this.numExperts })
-      this.#scheme = new AllReduce(group, this.#layer, chunks, this.numExperts, agreement)
+      this.#scheme = new AllReduce(group, this.#layer, {
+        chunks,
+        numExperts: this.numExperts,
+        agreement,
+        reduceIn,
+      })
     } else {
       // The factor is applied once, to the sum of what the ranks send back.
       this.#layer = moeLayer({ ...weights, routedScalingFactor: undefined })
@@ -154,6 +160,7 @@ interface Brought {
   scheme: string
   chunks: number
   agreement: string | undefined
+  reduceIn: string | undefined
   numExperts: number | undefined
 }
 
@@ -184,6 +191,7 @@ function inAgreement(group: RankGroup, check: () => Brought): Brought[] {
   same(brought, 'scheme', 'scheme', ({ scheme }) => scheme)
   same(brought, 'chunks', 'number of chunks', ({ chunks }) => chunks)
   same(brought, 'agreement', 'agreement', ({ agreement }) => agreement ?? 'each-call')
+  same(brought, 'reduceIn', 'reduceIn', ({ reduceIn }) => reduceIn ?? 'float32')
   same(brought, 'numExperts', 'number of experts', ({ numExperts }) => numExperts ?? 'none said')
   return brought
 }
@@ -222,4 +230,5 @@ const optionNames = [
   'scheme',
   'chunks',
   'agreement',
+  'reduceIn',
 ] satisfies (keyof ExpertParallelOptions)[]

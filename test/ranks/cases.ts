@@ -3,8 +3,16 @@
 import { readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { EpmoeError, expertParallel, joinRanks, type MoeForwardArguments, moeLayer, type PyRef, startPython } from 'epmoe'
 import type { ExpertParallelOptions } from 'epmoe'
+import {
+  EpmoeError,
+  expertParallel,
+  joinRanks,
+  type MoeForwardArguments,
+  moeLayer,
+  type PyRef,
+  startPython,
+} from 'epmoe'
 import type { Outcome, Report, Sums } from './outcome.js'
 
 const [folder = '.', backend = 'gloo', device = 'cpu'] = process.argv.slice(2)
@@ -36,6 +44,7 @@ interface Case {
   chunks: number
   numerics: 'fp32' | 'triton'
   agreement: 'each-call' | 'none' | undefined
+  reduceIn: 'float32' | 'activations' | undefined
 }
 
 const usual: Case = {
@@ -54,6 +63,7 @@ const usual: Case = {
   chunks: 2,
   numerics: 'fp32',
   agreement: undefined,
+  reduceIn: undefined,
 }
 const factor = 1.5
 
@@ -83,9 +93,14 @@ const uneven: Record<string, Partial<Case>> = {
   'no tokens anywhere': { tokens: () => 0, added: true },
 }
 
+const reduced: Record<string, Partial<Case>> = {
+  'no agreement': { agreement: 'none' },
+  'summed in the activations’ dtype': { reduceIn: 'activations' },
+}
+
 const outcomes: Outcome[] = []
 for (const scheme of ['all-reduce', 'all-to-all'] as const) {
-  const all = { ...variants, ...(scheme === 'all-to-all' ? uneven : { 'no agreement': { agreement: 'none' as const } }) }
+  const all = { ...variants, ...(scheme === 'all-to-all' ? uneven : reduced) }
   for (const [name, variant] of Object.entries(all)) {
     outcomes.push({ name: `${scheme}: ${name}`, ...measured({ ...usual, ...variant, scheme }) })
   }
@@ -164,13 +179,13 @@ function settings({ activation, numerics }: Case) {
 }
 
 function optionsOf(case_: Case, x: PyRef, ranks = group, part = (of: number) => of): ExpertParallelOptions {
-  const { scheme, chunks, agreement, experts } = case_
+  const { scheme, chunks, agreement, reduceIn, experts } = case_
   // The experts of another rank, as many as one's own.
   const own = ranks.expertRange(experts)
   const shift = (part(ranks.rank) - ranks.rank) * (own.end - own.start)
   const start = Math.min(own.start + shift, experts - (own.end - own.start))
   const weights = weightsOf(case_, x, start, start + own.end - own.start)
-  return { ...weights, ...settings(case_), group: ranks, scheme, chunks, agreement, numExperts: experts }
+  return { ...weights, ...settings(case_), group: ranks, scheme, chunks, agreement, reduceIn, numExperts: experts }
 }
 
 function callOf({ added }: Case, x: PyRef, before: number, mine: number): MoeForwardArguments {
@@ -191,16 +206,20 @@ function inSubgroups(): Sums {
     [2, 3],
   ].map((ranks) => distributed.method('new_group', ranks))
   const half = joinRanks({ timeoutMs: 60_000, group: groups[rank >> 1] })
-  return measured({ ...usual, experts: 5, tokens: (of) => 5 + of + rank }, {}, half)
+  return measured({ ...usual, experts: 5, tokens: (of) => 5 + of + 4 * (rank >> 1) }, {}, half)
 }
 
 /** Calls and layers that one rank or all get wrong: each rank's error, and that the group goes on. */
 function mistakes(): void {
   const last = size - 1
-  const only = (of: number, change: (call: MoeForwardArguments) => MoeForwardArguments) => (call: MoeForwardArguments) =>
-    rank === of ? change(call) : call
+  const only =
+    (of: number, change: (call: MoeForwardArguments) => MoeForwardArguments) => (call: MoeForwardArguments) =>
+      rank === of ? change(call) : call
   const wrongType = only(last, (call) => ({ ...call, hiddenStates: evaluate('x.double()', { x: call.hiddenStates }) }))
-  const wrongId = only(0, (call) => ({ ...call, topkIds: evaluate('x + (x * 0).index_fill(0, torch.tensor([2]), 50)', { x: call.topkIds }) }))
+  const wrongId = only(0, (call) => ({
+    ...call,
+    topkIds: evaluate('x + (x * 0).index_fill(0, torch.tensor([2]), 50)', { x: call.topkIds }),
+  }))
   const fewerSlots = only(last, (call) => ({
     ...call,
     topkIds: evaluate('x[:, :2].contiguous()', { x: call.topkIds }),
@@ -225,13 +244,34 @@ function mistakes(): void {
   const onLast = (change: (options: ExpertParallelOptions) => object) =>
     make((options) => (rank === last ? { ...options, ...change(options) } : options))
   const narrower = (x: PyRef, axis: number) => evaluate('x.narrow(axis, 0, 48)', { x, axis })
-  attempt('another hidden size on the last rank', onLast(({ w13, w2 }) => ({ w13: narrower(w13, 2), w2: narrower(w2, 1) })))
-  attempt('another dtype on the last rank', onLast(({ w13, w2 }) => ({ w13: evaluate('x.half()', { x: w13 }), w2: evaluate('x.half()', { x: w2 }) })))
-  attempt('another scheme on the last rank', onLast(() => ({ scheme: 'all-reduce' })))
-  attempt('weights on the last rank that do not fit', onLast(({ w13 }) => ({ w2: w13 })))
-  attempt('no experts on the last rank', onLast(({ w13, w2 }) => ({ w13: evaluate('x[:0]', { x: w13 }), w2: evaluate('x[:0]', { x: w2 }) })))
-  attempt('experts that do not add up', make((options) => ({ ...options, numExperts: 12 })))
-  attempt('a scheme there is not', make((options) => ({ ...options, scheme: 'broadcast' as 'all-reduce' })))
+  attempt(
+    'another hidden size on the last rank',
+    onLast(({ w13, w2 }) => ({ w13: narrower(w13, 2), w2: narrower(w2, 1) })),
+  )
+  attempt(
+    'another dtype on the last rank',
+    onLast(({ w13, w2 }) => ({ w13: evaluate('x.half()', { x: w13 }), w2: evaluate('x.half()', { x: w2 }) })),
+  )
+  attempt(
+    'another scheme on the last rank',
+    onLast(() => ({ scheme: 'all-reduce' })),
+  )
+  attempt(
+    'weights on the last rank that do not fit',
+    onLast(({ w13 }) => ({ w2: w13 })),
+  )
+  attempt(
+    'no experts on the last rank',
+    onLast(({ w13, w2 }) => ({ w13: evaluate('x[:0]', { x: w13 }), w2: evaluate('x[:0]', { x: w2 }) })),
+  )
+  attempt(
+    'experts that do not add up',
+    make((options) => ({ ...options, numExperts: 12 })),
+  )
+  attempt(
+    'a scheme there is not',
+    make((options) => ({ ...options, scheme: 'broadcast' as 'all-reduce' })),
+  )
   attempt('fewer experts than ranks', () => group.expertRange(size - 1))
   attempt('another world size', () => joinRanks({ worldSize: size + 1 }))
 }
