@@ -1,8 +1,8 @@
 """Ranks that watch each other: every rank tells the store that it lives and where it is, and reads it of the others.
 
 Neither gloo nor NCCL says which rank a collective waits for in vain, and a rank that is frozen closes no connection.
-Here a thread writes a beat a few times within the timeout, with the number of the call the rank has come to; a rank that
-is silent for half the timeout counts as dead.
+Here a thread writes a beat a few times within the timeout, with the number of the call the rank has come to; a rank
+that is silent for half the timeout counts as dead.
 """
 
 import contextlib
@@ -172,7 +172,7 @@ class Watch:
             op="expert_parallel",
             expected=f"every rank in call {self.calls} within {self.timeout:g} s",
             received=f"nothing from {', '.join(where)}" if where else "a collective that does not end",
-            hint="Every rank calls its layers equally often and in the same order; a longer timeout gives them more time",
+            hint="Every rank calls its layers equally often, in one order; a longer timeout gives them more time",
         )
         error.blame = {rank: f"did not come to call {self.calls} within {self.timeout:g} s" for rank in behind}
         return error

@@ -57,7 +57,7 @@ class Exchange:
 
     @torch.no_grad()
     def agree(self, seg_indptr):
-        """Tells the ranks how many tokens come, and learns it of them; the host waits. Returns how many rows to send."""
+        """Tells the ranks how many tokens come, and learns it of them; the host waits. Returns the rows to send."""
         group, chunks, topk = self._route.group, self._route.chunks, self._ids.shape[1]
         counts = seg_indptr.diff().view(chunks, group.size)
         rows = torch.empty(group.size, 2 + chunks, dtype=torch.int64, device=counts.device)

@@ -5,6 +5,7 @@ with the result, or within the timeout with an :class:`EpmoeError` that names th
 """
 
 import atexit
+import contextlib
 import datetime
 import json
 import os
@@ -24,8 +25,8 @@ _NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 def join_ranks(*, backend=None, world_size=None, timeout=30.0, group=None):
     """Joins the job that torchrun has started this process for; every rank must call it.
 
-    ``backend`` is ``"nccl"`` or ``"gloo"`` (default: NCCL where torch has it and a GPU), ``world_size`` what the program
-    expects, ``timeout`` seconds after which no rank is waited for any more. ``group`` is a process group of
+    ``backend`` is ``"nccl"`` or ``"gloo"`` (default: NCCL where torch has it and a GPU), ``world_size`` what the
+    program expects, ``timeout`` seconds after which no rank is waited for any more. ``group`` is a process group of
     torch.distributed to work in, of which this rank is a member; without it, all ranks, and torch.distributed is
     initialised where it is not. Raises ERR_RANKS_START.
     """
@@ -44,7 +45,7 @@ def join_ranks(*, backend=None, world_size=None, timeout=30.0, group=None):
             store=store.prefixed("torch"),
             rank=rank,
             world_size=size,
-            timeout=datetime.timedelta(seconds=timeout),
+            timeout=datetime.timedelta(seconds=2 * timeout),  # this module's own comes first, and names the rank
             **({"device_id": device} if device.type == "cuda" else {}),
         )
         atexit.register(_end)
@@ -70,23 +71,23 @@ class RankGroup:
         name = f"group-{'-'.join(map(str, self.ranks))}-{_count(self.ranks)}"
         self._store = store.prefixed(name)
         self._meetings = 0
-        self._watch = Watch(
-            lambda patience: store.another(name, patience), store.host, store.rank, self.ranks, timeout
-        )
+        self._watch = Watch(lambda patience: store.another(name, patience), store.host, store.rank, self.ranks, timeout)
         store.meet(self.ranks, "joined the group", self._store)
         self._watch.start()
 
     def gather(self, value):
-        """Every rank's value (JSON), in the order of ranks. Through the store: for rare things, before the first call."""
+        """Every rank's value (JSON), in the order of ranks. It goes through the store: for what is rare."""
         self._meetings += 1
-        key = f"meeting-{self._meetings}"
-        self._store.set(f"{key}/{self.rank}", json.dumps(value))
+        key, missing = f"meeting-{self._meetings}", set(range(self.size))
         deadline = time.monotonic() + self.timeout
-        missing = set(range(self.size))
-        while missing := {rank for rank in missing if not self._store.check([f"{key}/{rank}"])}:
-            self._check_meeting(missing, deadline)
-            time.sleep(0.005)
-        return [json.loads(self._store.get(f"{key}/{rank}")) for rank in range(self.size)]
+        try:
+            self._store.set(f"{key}/{self.rank}", json.dumps(value))
+            while missing := {rank for rank in missing if not self._store.check([f"{key}/{rank}"])}:
+                self._check_meeting(missing, deadline)
+                time.sleep(0.005)
+            return [json.loads(self._store.get(f"{key}/{rank}")) for rank in range(self.size)]
+        except dist.DistError as error:
+            raise self._watch.diagnose(error) from error
 
     def _check_meeting(self, missing, deadline):
         lost = {rank: why for rank, why in self._watch.lost().items() if self.ranks.index(rank) in missing}
@@ -281,17 +282,24 @@ class _Store:
         return dist.PrefixStore(f"epmoe/{self._attempt}/{name}", self._connect(timeout, False))
 
     def meet(self, ranks, what, store):
-        """Waits until all these ranks are there; ERR_RANKS_START names those that are not."""
-        store.set(f"{what}/{self.rank}", "")
+        """Waits until all these ranks are there; ERR_RANKS_START names those that are not.
+
+        The store itself is gone when rank 0 has waited long enough: whom it missed are those not seen here either.
+        """
         deadline = time.monotonic() + self._timeout
-        while missing := [rank for rank in ranks if not store.check([f"{what}/{rank}"])]:
-            if time.monotonic() > deadline:
-                raise _start_error(
-                    f"{len(ranks)} ranks within {self._timeout:g} s",
-                    f"nothing from rank {', '.join(map(str, missing))}",
-                    "Start every rank of WORLD_SIZE, or say how many there are; a longer timeout gives them more time",
-                )
-            time.sleep(0.01)
+        missing = list(ranks)
+        with contextlib.suppress(dist.DistError):
+            store.set(f"{what}/{self.rank}", "")
+            while time.monotonic() < deadline:
+                missing = [rank for rank in missing if not store.check([f"{what}/{rank}"])]
+                if not missing:
+                    return
+                time.sleep(0.01)
+        raise _start_error(
+            f"{len(ranks)} ranks within {self._timeout:g} s",
+            f"nothing from rank {', '.join(map(str, missing))}",
+            "Start every rank of WORLD_SIZE, or say how many there are; a longer timeout gives them more time",
+        )
 
     def _connect(self, timeout, host):
         try:

@@ -53,7 +53,7 @@ export class AllReduce implements Scheme {
       ]
       if (start === end) continue
       const part: Record<string, PyRef> = {}
-      for (const [name, tensor] of Object.entries({ ...args, output }) as [string, PyRef | undefined][]) {
+      for (const [name, tensor] of Object.entries<PyRef | undefined>({ ...args, output })) {
         // What every rank has alike is added by one of them.
         const once = name === 'sharedOutput' || name === 'residual'
         if (tensor === undefined || (once && this.#group.rank > 0)) continue
