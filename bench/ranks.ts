@@ -32,10 +32,11 @@ function start(): void {
       ...job.stdout.split('\n').flatMap((line) => (line.startsWith('{') ? [JSON.parse(line) as Measured] : [])),
     )
   }
-  const titles = ['scheme', 'ranks', 'chunks', 'layer', 'experts alone', 'communication alone', 'not hidden']
+  const titles = ['scheme', 'ranks', 'chunks', 'layer', 'experts alone', 'communication alone', 'its share', 'not experts']
   const rows = found.map(({ scheme, ranks: size, chunks, layer, experts: alone, communication }) => {
-    const share = `${Math.max(0, (100 * (layer - alone)) / layer).toFixed(0)} %`
-    return [scheme, String(size), String(chunks), ...[layer, alone, communication].map((ms) => ms.toFixed(2)), share]
+    const percent = (ms: number) => `${Math.max(0, (100 * ms) / layer).toFixed(0)} %`
+    const shares = [percent(communication), percent(layer - alone)]
+    return [scheme, String(size), String(chunks), ...[layer, alone, communication].map((ms) => ms.toFixed(2)), ...shares]
   })
   print([titles, ...rows])
   const computed = extrapolate(setting, found, [8, 64])

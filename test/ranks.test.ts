@@ -115,7 +115,7 @@ interface Seen {
   seconds?: number
 }
 
-function seenBy({ output }: Ending): Seen[] {
+function seenBy({ output }: Pick<Ending, 'output'>): Seen[] {
   return output
     .split('\n')
     .filter((line) => line.startsWith('{"rank"'))
@@ -123,8 +123,14 @@ function seenBy({ output }: Ending): Seen[] {
 }
 
 // The timeout is 4 s; what the machine needs to get round to noticing comes on top.
-const fates: Record<string, { code: string; message: RegExp }> = {
+const fates: Record<string, { code: string; message: RegExp; victim?: number; scheme?: string }> = {
   'is killed': { code: 'ERR_RANK_LOST', message: /rank 1 has given no sign of life for \d/ },
+  'is killed, and keeps the store': {
+    code: 'ERR_RANK_LOST',
+    message: /rank 0 and the store that it keeps cannot be reached/,
+    victim: 0,
+    scheme: 'all-reduce',
+  },
   freezes: { code: 'ERR_RANK_LOST', message: /rank 1 has given no sign of life for \d/ },
   'ends early': { code: 'ERR_RANK_LOST', message: /rank 1 left the job after call 3/ },
   throws: { code: 'ERR_RANK_LOST', message: /rank 1 left the job after call 3/ },
@@ -132,28 +138,25 @@ const fates: Record<string, { code: string; message: RegExp }> = {
   'fails in the middle': { code: 'ERR_RANK_LOST', message: /rank 1 failed in call 4: experts on fire/ },
 }
 
-for (const scheme of ['all-to-all', 'all-reduce']) {
-  for (const [fate, { code, message }] of Object.entries(fates)) {
-    if (scheme === 'all-reduce' && fate !== 'is killed') continue
-    test.serial(`rank 1 of 3 ${fate}: the others are told, by name, and end; ${scheme}`, async (t) => {
-      t.timeout(120_000)
-      const { children, endings } = await onTheirOwn(3, ['test/ranks/lost.ts', fate, '1', scheme])
-      const others = await Promise.all([endings[0]!, endings[2]!])
-      children[1]?.kill('SIGKILL')
-      const victim = await endings[1]!
-      for (const ending of others) {
-        const told = seenBy(ending).filter((each) => each.code !== undefined)
-        t.is(told.length, 2, ending.output)
-        t.is(told[0]?.code, code, ending.output)
-        t.regex(told[0]?.message ?? '', message)
-        // A group that has lost a rank says so at once from then on.
-        t.is(told[1]?.message, told[0]?.message)
-        t.is(ending.code, 3, ending.output)
-        t.is(ending.signal, null)
-      }
-      t.is(seenBy(victim)[0]?.rank, 1, victim.output)
-    })
-  }
+for (const [fate, { code, message, victim = 1, scheme = 'all-to-all' }] of Object.entries(fates)) {
+  test.serial(`rank ${victim} of 3 ${fate}: the others are told, by name, and end`, async (t) => {
+    t.timeout(120_000)
+    const { children, endings } = await onTheirOwn(3, ['test/ranks/lost.ts', fate, String(victim), scheme])
+    const others = await Promise.all(endings.filter((_, rank) => rank !== victim))
+    children[victim]?.kill('SIGKILL')
+    for (const ending of others) {
+      const told = seenBy(ending).filter((each) => each.code !== undefined)
+      t.is(told.length, 2, ending.output)
+      t.is(told[0]?.code, code, ending.output)
+      t.regex(told[0]?.message ?? '', message)
+      // A group that has lost a rank says so at once from then on.
+      t.is(told[1]?.message, told[0]?.message)
+      t.is(ending.code, 3, ending.output)
+      t.is(ending.signal, null)
+    }
+    const { output } = await endings[victim]!
+    t.is(seenBy({ output })[0]?.rank, victim, output)
+  })
 }
 
 test.serial('under torchrun a rank that dies ends the job, and is named', async (t) => {

@@ -19,7 +19,8 @@ from epmoe.errors import EpmoeError
 class Watch:
     """``ranks`` are the group's ranks as the job counts them, ``rank`` one of them, ``timeout`` seconds.
 
-    ``connect`` opens a connection to the store for the thread alone, ``host`` names who is gone when the store is.
+    ``connect`` opens a connection to the store for the thread alone. ``host`` says who keeps the store: the rank, or
+    -1, and words for it.
     """
 
     def __init__(self, connect, host, rank, ranks, timeout):
@@ -95,8 +96,8 @@ class Watch:
             elif self._last_read - peer.seen > self.patience:
                 silent[rank] = f"has given no sign of life for {now - peer.seen:.1f} s"
         if self._lost_store is not None and now - self._lost_store > self.patience:
-            host, why = self.host
-            silent[host] = f"{why}, and the store cannot be reached any more"
+            host, what = self.host
+            silent[host] = f"{what} cannot be reached any more"
         return blamed or silent
 
     def stop(self):

@@ -270,7 +270,7 @@ class _Store:
     def __init__(self, rank, address, port, timeout):
         self.rank, self._address, self._port, self._timeout = rank, address, port, timeout
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        self.host = (-1, f"torchrun on {address} is gone") if agent else (0, "keeps the store")
+        self.host = (-1, f"torchrun's store on {address}:{port}") if agent else (0, "and the store that it keeps")
         self._attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store = self._connect(datetime.timedelta(seconds=timeout), rank == 0 and not agent)
 

@@ -23,7 +23,7 @@ const call = {
 for (let i = 0; i < 3; i++) layer.forward(call).dispose()
 console.log(JSON.stringify({ rank: group.rank, pid: process.pid }))
 if (group.rank === Number(victim)) {
-  if (fate === 'is killed') process.kill(process.pid, 'SIGKILL')
+  if (fate.startsWith('is killed')) process.kill(process.pid, 'SIGKILL')
   if (fate === 'freezes') process.kill(process.pid, 'SIGSTOP')
   if (fate === 'ends early') process.exit(0)
   if (fate === 'throws') throw new RangeError('nobody catches this')
