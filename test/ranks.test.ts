@@ -3,6 +3,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import test, { type ExecutionContext } from 'ava'
 import { gpu } from './helpers/devices.js'
+import { inParallel } from './helpers/in-parallel.js'
 import { type Ending, onTheirOwn, torchrun } from './ranks/launch.js'
 import type { Outcome, Report, Sums } from './ranks/outcome.js'
 
@@ -115,14 +116,14 @@ interface Seen {
   seconds?: number
 }
 
-function seenBy({ output }: Pick<Ending, 'output'>): Seen[] {
+function seenBy({ output }: Ending): Seen[] {
   return output
     .split('\n')
     .filter((line) => line.startsWith('{"rank"'))
     .map((line) => JSON.parse(line) as Seen)
 }
 
-// The timeout is 4 s; what the machine needs to get round to noticing comes on top.
+// The timeout of test/ranks/lost.ts is 8 s.
 const fates: Record<string, { code: string; message: RegExp; victim?: number; scheme?: string }> = {
   'is killed': { code: 'ERR_RANK_LOST', message: /rank 1 has given no sign of life for \d/ },
   'is killed, and keeps the store': {
@@ -139,11 +140,14 @@ const fates: Record<string, { code: string; message: RegExp; victim?: number; sc
 }
 
 for (const [fate, { code, message, victim = 1, scheme = 'all-to-all' }] of Object.entries(fates)) {
-  test.serial(`rank ${victim} of 3 ${fate}: the others are told, by name, and end`, async (t) => {
-    t.timeout(120_000)
-    const { children, endings } = await onTheirOwn(3, ['test/ranks/lost.ts', fate, String(victim), scheme])
-    const others = await Promise.all(endings.filter((_, rank) => rank !== victim))
-    children[victim]?.kill('SIGKILL')
+  test(`rank ${victim} of 3 ${fate}: the others are told, by name, and end`, async (t) => {
+    t.timeout(240_000)
+    const { others, victims } = await inParallel(async () => {
+      const { children, endings } = await onTheirOwn(3, ['test/ranks/lost.ts', fate, String(victim), scheme])
+      const ended = await Promise.all(endings.filter((_, rank) => rank !== victim))
+      children[victim]?.kill('SIGKILL')
+      return { others: ended, victims: await endings[victim]! }
+    })
     for (const ending of others) {
       const told = seenBy(ending).filter((each) => each.code !== undefined)
       t.is(told.length, 2, ending.output)
@@ -154,26 +158,28 @@ for (const [fate, { code, message, victim = 1, scheme = 'all-to-all' }] of Objec
       t.is(ending.code, 3, ending.output)
       t.is(ending.signal, null)
     }
-    const { output } = await endings[victim]!
-    t.is(seenBy({ output })[0]?.rank, victim, output)
+    t.is(seenBy(victims)[0]?.rank, victim, victims.output)
   })
 }
 
-test.serial('under torchrun a rank that dies ends the job, and is named', async (t) => {
-  t.timeout(120_000)
-  const ending = await torchrun(2, ['test/ranks/lost.ts', 'is killed', '1'])
+test('under torchrun a rank that dies ends the job, and is named', async (t) => {
+  t.timeout(240_000)
+  const ending = await inParallel(() => torchrun(2, ['test/ranks/lost.ts', 'is killed', '1']))
   t.not(ending.code, 0)
   t.regex(ending.output, /local_rank: 1/)
   t.regex(ending.output, /SIGKILL/)
 })
 
-test.serial('ranks that never come are named', async (t) => {
-  t.timeout(120_000)
-  const { children, endings } = await onTheirOwn(3, ['test/ranks/lost.ts'])
-  children[2]?.kill('SIGKILL')
-  for (const ending of await Promise.all(endings.slice(0, 2))) {
+test('ranks that never come are named', async (t) => {
+  t.timeout(240_000)
+  const others = await inParallel(async () => {
+    const { children, endings } = await onTheirOwn(3, ['test/ranks/lost.ts'])
+    children[2]?.kill('SIGKILL')
+    return Promise.all(endings.slice(0, 2))
+  })
+  for (const ending of others) {
     t.not(ending.code, 0)
     t.regex(ending.output, /ERR_RANKS_START/)
-    t.regex(ending.output, /expected 3 ranks within 4 s, received nothing from rank 2/)
+    t.regex(ending.output, /expected 3 ranks within 8 s, received nothing from rank 2/)
   }
 })

@@ -6,7 +6,7 @@ const [fate = '', victim = '', scheme = 'all-to-all'] = process.argv.slice(2)
 const python = startPython()
 const torch = python.import('torch')
 torch.method('set_num_threads', 1).dispose()
-const group = joinRanks({ backend: 'gloo', timeoutMs: 4000 })
+const group = joinRanks({ backend: 'gloo', timeoutMs: 8000 })
 const dtype = torch.get('bfloat16')
 const { start, end } = group.expertRange(5)
 const layer = expertParallel({
@@ -27,7 +27,7 @@ if (group.rank === Number(victim)) {
   if (fate === 'freezes') process.kill(process.pid, 'SIGSTOP')
   if (fate === 'ends early') process.exit(0)
   if (fate === 'throws') throw new RangeError('nobody catches this')
-  if (fate === 'does not come') await new Promise((resolve) => setTimeout(resolve, 8000))
+  if (fate === 'does not come') await new Promise((resolve) => setTimeout(resolve, 14_000))
   if (fate === 'fails in the middle') {
     const failing = {
       activation: () => {
