@@ -24,7 +24,12 @@ export interface Measured {
   communication: number
   /** The same collectives with next to nothing in them. */
   latency: number
+  /** Of the least certain of these but the last, as a share of it. */
+  spread: number
 }
+
+/** Nothing is computed from times less certain than this: errors grow with the number of ranks. */
+export const certain = 0.1
 
 /** The share of tokens that have an expert on a given one of so many ranks, when each expert is as likely. */
 export function touched({ topk }: Setting, ranks: number): number {
@@ -48,7 +53,7 @@ export function extrapolate(setting: Setting, found: Measured[], sizes: number[]
   for (const scheme of ['all-reduce', 'all-to-all']) {
     const of = (ranks: number) => found.find((each) => each.scheme === scheme && each.ranks === ranks)
     const [one, two] = [of(1), of(2)]
-    if (one === undefined || two === undefined) continue
+    if (one === undefined || two === undefined || Math.max(one.spread, two.spread) > certain) continue
     // A part of the experts' time is every rank's, a part is shared out; what is neither experts nor collectives stays.
     const shared = Math.max(0, 2 * (one.experts - two.experts))
     const fixed = Math.max(0, one.experts - shared)

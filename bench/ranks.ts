@@ -2,7 +2,7 @@
 // ranks of its own it starts them by torchrun, one job for each number; what it computes from the figures is marked so.
 import { spawnSync } from 'node:child_process'
 import { devices, expertParallel, joinRanks, kw, moeLayer, type PyRef, setCpuThreads, startPython } from 'epmoe'
-import { extrapolate, type Measured, type Setting, touched } from './ranks-model.js'
+import { certain, extrapolate, type Measured, type Setting, touched } from './ranks-model.js'
 
 const gpus = devices().length - 1
 const python = startPython()
@@ -32,18 +32,34 @@ function start(): void {
       ...job.stdout.split('\n').flatMap((line) => (line.startsWith('{') ? [JSON.parse(line) as Measured] : [])),
     )
   }
-  const titles = ['scheme', 'ranks', 'chunks', 'layer', 'experts alone', 'communication alone', 'its share', 'not experts']
-  const rows = found.map(({ scheme, ranks: size, chunks, layer, experts: alone, communication }) => {
+  const titles = [
+    'scheme',
+    'ranks',
+    'chunks',
+    'layer',
+    'experts alone',
+    'communication alone',
+    'its share',
+    'not experts',
+    '±',
+  ]
+  const rows = found.map(({ scheme, ranks: size, chunks, layer, experts: alone, communication, spread }) => {
     const percent = (ms: number) => `${Math.max(0, (100 * ms) / layer).toFixed(0)} %`
-    const shares = [percent(communication), percent(layer - alone)]
-    return [scheme, String(size), String(chunks), ...[layer, alone, communication].map((ms) => ms.toFixed(2)), ...shares]
+    const shares = [percent(communication), percent(layer - alone), `${(100 * spread).toFixed(0)} %`]
+    return [
+      scheme,
+      String(size),
+      String(chunks),
+      ...[layer, alone, communication].map((ms) => ms.toFixed(2)),
+      ...shares,
+    ]
   })
   print([titles, ...rows])
   const computed = extrapolate(setting, found, [8, 64])
-  if (computed.length > 0) {
-    console.log(
-      '\nComputed from the above, nothing of it run: ranks with a core or GPU and a link each as good as these',
-    )
+  if (computed.length === 0) {
+    console.log(`\nNothing is computed for more ranks: it takes figures of 1 and 2 ranks known to ±${100 * certain} %`)
+  } else {
+    console.log('\nComputed from the above, nothing of it run: ranks with a core or GPU and a link as good as these')
     print([['scheme', 'ranks', 'experts', 'communication', 'one after the other', 'overlapped'], ...computed])
   }
 }
@@ -78,24 +94,23 @@ function measure(): void {
   using alone = moeLayer({ ...weights, startExpertId: from, numExperts: experts })
   for (const scheme of ['all-reduce', 'all-to-all'] as const) {
     const [call, arriving] = scheme === 'all-reduce' ? [all, all] : [own, mine]
-    const work = median(() => alone.forward(arriving), group)
     const traffic = trafficOf(scheme, group, torch)
-    const communication = median(traffic(touched(setting, group.size)), group)
-    const latency = median(traffic(0), group)
-    for (const chunks of [1, 2]) {
-      using layer = expertParallel({ ...weights, group, scheme, chunks })
-      const time = median(() => layer.forward(call), group)
-      const measured: Measured = {
-        scheme,
-        ranks: group.size,
-        chunks,
-        layer: time,
-        experts: work,
-        communication,
-        latency,
-      }
-      if (group.rank === 0) console.log(JSON.stringify(measured))
+    const [one, two] = [1, 2].map((chunks) => expertParallel({ ...weights, group, scheme, chunks }))
+    const times = interleaved(group, {
+      experts: () => alone.forward(arriving),
+      communication: traffic(touched(setting, group.size)),
+      latency: traffic(0),
+      one: () => one!.forward(call),
+      two: () => two!.forward(call),
+    })
+    for (const [index, time] of [times.one, times.two].entries()) {
+      const { experts: work, communication, latency } = times
+      const rest = { experts: work.median, communication: communication.median, latency: latency.median }
+      const spread = Math.max(time.spread, work.spread, communication.spread)
+      const found: Measured = { scheme, ranks: group.size, chunks: index + 1, layer: time.median, ...rest, spread }
+      if (group.rank === 0) console.log(JSON.stringify(found))
     }
+    for (const each of [one, two]) each?.dispose()
   }
   group.dispose()
 }
@@ -135,20 +150,29 @@ function trafficOf(scheme: string, group: ReturnType<typeof joinRanks>, torch: P
   }
 }
 
-/** Milliseconds of a call that all ranks make at the same time, the median of as many as a second or two hold. */
-function median(call: () => PyRef, group: ReturnType<typeof joinRanks>): number {
-  const synchronize = () => {
-    if (group.device !== 'cpu') python.eval('torch.cuda.synchronize()', { torch: python.import('torch') }).dispose()
+/** Calls that all ranks make at the same time, in turn: milliseconds, and half the distance of the quartiles to them. */
+function interleaved<Name extends string>(
+  group: ReturnType<typeof joinRanks>,
+  calls: Record<Name, () => PyRef>,
+): Record<Name, { median: number; spread: number }> {
+  using cuda = python.import('torch').get('cuda')
+  const names = Object.keys(calls) as Name[]
+  const times = new Map(names.map((name) => [name, [] as number[]]))
+  for (let round = -3; round < 31; round++) {
+    for (const name of names) {
+      group.barrier()
+      const begin = performance.now()
+      calls[name]().dispose()
+      if (group.device !== 'cpu') cuda.method('synchronize').dispose()
+      if (round >= 0) times.get(name)!.push(performance.now() - begin)
+    }
   }
-  const times: number[] = []
-  for (let round = -3; round < 15; round++) {
-    group.barrier()
-    const begin = performance.now()
-    call().dispose()
-    synchronize()
-    if (round >= 0) times.push(performance.now() - begin)
+  const summary = (name: Name) => {
+    const sorted = times.get(name)!.sort((a, b) => a - b)
+    const at = (share: number) => sorted[Math.floor(share * (sorted.length - 1))]!
+    return [name, { median: at(0.5), spread: (at(0.75) - at(0.25)) / 2 / at(0.5) }] as const
   }
-  return times.sort((a, b) => a - b)[times.length >> 1]!
+  return Object.fromEntries(names.map(summary)) as Record<Name, { median: number; spread: number }>
 }
 
 function print(rows: string[][]): void {
