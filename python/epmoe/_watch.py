@@ -149,7 +149,7 @@ class Watch:
         if work is None:
             return
         event, since, calls = work
-        if event.query():
+        if _is_done(event):
             if self._device_work is work:
                 self._device_work = None
             return
@@ -190,6 +190,13 @@ class _Peer:
             self.seen = time.monotonic()
         self.beats, self.calls, self.state = record["beats"], record["calls"], record["state"]
         self.blame = record.get("blame", {})
+
+
+def _is_done(event):
+    try:
+        return event.query()
+    except Exception:  # the work has failed, which whoever waits for it is told
+        return True
 
 
 def _lost(lost, call):

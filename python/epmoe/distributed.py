@@ -225,15 +225,15 @@ class RankGroup:
         deadline = time.monotonic() + self.timeout
         slice_ = datetime.timedelta(seconds=self._watch.interval)
         while True:
+            ended = work.handle.is_completed()
             try:
                 work.handle.wait(slice_)
                 return
             except RuntimeError as error:
-                # A wait that has run out of time raises as a failed collective does.
-                if work.handle.is_completed() and not work.handle.is_success():
+                # A wait that has run out of time raises as one for a collective that has failed.
+                if ended:
                     raise self._watch.diagnose(error) from error
-                if not work.handle.is_completed():
-                    self._check(deadline)
+                self._check(deadline)
 
     @property
     def broken(self):
