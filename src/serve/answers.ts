@@ -84,7 +84,10 @@ function textLogprobs(logprobs: TokenLogprob[], offset: number) {
   return {
     tokens: logprobs.map((each) => each.token),
     token_logprobs: logprobs.map((each) => each.logprob),
-    top_logprobs: logprobs.map((each) => Object.fromEntries(each.top.map((one) => [one.token, one.logprob]))),
+    // Different tokens may be the same text, bytes that are no character for one: the likeliest is told.
+    top_logprobs: logprobs.map((each) =>
+      Object.fromEntries(each.top.toReversed().map((one) => [one.token, one.logprob])),
+    ),
     text_offset: logprobs.map((each) => {
       const here = place
       place += each.token.length

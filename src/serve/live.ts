@@ -65,6 +65,7 @@ export class Live {
       tokens: completionTokens,
       share: seconds > 0 ? expertSeconds / seconds : 0,
       shadow,
+      ratio: this.metrics.errorRatio,
     })
   }
 }

@@ -1,6 +1,6 @@
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from 'prom-client'
 import type { Generation } from './generation.js'
-import { type KernelMode, kernelModes, type PassResult, type PassRow } from './model.js'
+import { type KernelMode, kernelModes, type PassResult, type PassRow, type ShadowCounts } from './model.js'
 
 const seconds = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60]
 
@@ -43,8 +43,8 @@ export class Metrics {
     registers: this.#registers,
   })
   readonly #shadowRatio = new Gauge({
-    name: 'epmoe_shadow_largest_error_ratio',
-    help: 'Largest error of epmoe over that of the original, both against float64',
+    name: 'epmoe_shadow_error_ratio',
+    help: "Error of epmoe over the original's, both against float64, in all blocks compared; 1 or less is golden",
     registers: this.#registers,
   })
   readonly #rows = new Histogram({
@@ -74,7 +74,7 @@ export class Metrics {
     failedPasses: 0,
     seconds: 0,
     expertSeconds: 0,
-    shadow: { identical: 0, golden: 0, worse: 0, largest: 0 },
+    shadow: { identical: 0, close: 0, worse: 0, elements: 0, own: 0, other: 0 } satisfies ShadowCounts,
   }
 
   /** `now` is asked when metrics are read. */
@@ -118,12 +118,17 @@ export class Metrics {
     this.#forward.inc(result.seconds)
     this.#experts.inc(result.expert_seconds)
     this.#rows.observe(rows.length)
-    for (const kind of ['identical', 'golden', 'worse'] as const) {
-      totals.shadow[kind] += result.shadow[kind]
+    for (const kind of ['identical', 'close', 'worse'] as const) {
       this.#shadow.inc({ result: kind }, result.shadow[kind])
     }
-    totals.shadow.largest = Math.max(totals.shadow.largest, result.shadow.largest)
-    this.#shadowRatio.set(totals.shadow.largest)
+    for (const key of Object.keys(totals.shadow) as (keyof ShadowCounts)[]) totals.shadow[key] += result.shadow[key]
+    this.#shadowRatio.set(this.errorRatio)
+  }
+
+  /** Error of epmoe over the original's in all blocks that shadow compared; 0 before there are any. */
+  get errorRatio(): number {
+    const { own, other } = this.totals.shadow
+    return own > 0 ? Math.sqrt(other / own) : 0
   }
 
   passFailed(): void {

@@ -80,14 +80,27 @@ export interface Told {
   top?: { piece: string; logprob: number }[]
 }
 
+/** Blocks that were compared. */
+export interface ShadowCounts {
+  /** Bit for bit the same. */
+  identical: number
+  /** Not the same; epmoe's error against float64 is at most twice the original's. */
+  close: number
+  /** More than twice. */
+  worse: number
+  /** Elements of the blocks that were not the same, and the sums of the squares of both errors. */
+  elements: number
+  own: number
+  other: number
+}
+
 export interface PassResult {
   /** For each row with a wish. */
   rows: Told[]
   seconds: number
   /** Of these, in the experts. */
   expert_seconds: number
-  /** Blocks that were compared: bit for bit the same, within the golden tier, or worse; and the largest error ratio. */
-  shadow: { identical: number; golden: number; worse: number; largest: number }
+  shadow: ShadowCounts
 }
 
 export interface Message {

@@ -38,9 +38,9 @@ export const page = `<!doctype html>
 <h1>Shadow: blocks compared</h1>
 <dl>
   <div><dt>bit for bit the same</dt><dd id="identical"></dd></div>
-  <div><dt>within the golden tier</dt><dd id="golden"></dd></div>
+  <div><dt>close</dt><dd id="close"></dd></div>
   <div><dt>worse</dt><dd id="worse"></dd></div>
-  <div><dt>largest error ratio</dt><dd id="largest"></dd></div>
+  <div><dt>error, epmoe over original</dt><dd id="ratio"></dd></div>
 </dl>
 <p id="bad"></p>
 <script>
@@ -63,8 +63,8 @@ export const page = `<!doctype html>
     for (const id of ['done', 'refused', 'failed', 'cancelled']) at(id).textContent = now.requests[id]
     at('rate').textContent = now.rate.toFixed(1)
     at('share').textContent = (100 * now.share).toFixed(0) + ' %'
-    for (const id of ['identical', 'golden', 'worse']) at(id).textContent = now.shadow[id]
-    at('largest').textContent = now.shadow.largest.toFixed(3)
+    for (const id of ['identical', 'close', 'worse']) at(id).textContent = now.shadow[id]
+    at('ratio').textContent = now.ratio.toFixed(3)
     for (const button of buttons) button.setAttribute('aria-pressed', button.dataset.mode === now.mode)
     rates.push(now.rate)
     if (rates.length > 120) rates.shift()

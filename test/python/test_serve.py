@@ -58,7 +58,8 @@ def generate(served, prompts, count, chunk):
 class Passes(unittest.TestCase):
     """Sequences that share passes get what transformers gives each of them alone."""
 
-    prompts = [list(range(40, 40 + length)) for length in (1, 7, 23, 64)]
+    def setUp(self):
+        self.prompts = [list(range(40, 40 + length)) for length in (1, 7, 23, 64)]
 
     def alone(self, served, prompt, count):
         """By transformers' own cache, attention and loop."""
@@ -190,7 +191,7 @@ class Text(unittest.TestCase):
         return [detokenizer.push(token) for token in tokens]
 
     def test_characters_come_whole(self):
-        text = "naïve – 😀 здравствуй, 世界\n"
+        text = "naïve 😀 здравствуй, 世界\n"
         pieces = self.pieces(text)
         self.assertEqual("".join(piece for piece, _ in pieces), text)
         self.assertEqual(len(pieces), len(text.encode()))
@@ -249,7 +250,7 @@ class Shadow(unittest.TestCase):
         experts.begin("shadow", True)
         served = fresh(self.hidden, self.ids, self.weights)
         self.assertTrue(torch.equal(served, type(fresh).forward(fresh, self.hidden, self.ids, self.weights)))
-        return {kind: count for kind, count in experts.shadow.items() if kind != "largest" and count}
+        return {kind: count for kind, count in experts.shadow.items() if isinstance(count, int) and count}
 
     def test_float64_experts(self):
         double = copy.deepcopy(self.module).double()
@@ -264,9 +265,9 @@ class Shadow(unittest.TestCase):
     def test_verdicts(self):
         exact = exact_experts(self.module, self.hidden, self.ids, self.weights)
         self.assertEqual(self.verdict(lambda out: out), {"identical": 1})
-        self.assertEqual(self.verdict(lambda out: exact.float()), {"golden": 1})
-        self.assertEqual(self.verdict(torch.zeros_like), {"worse": 1})
-        self.assertEqual(self.verdict(lambda out: out * (1 + 1e-6)), {"worse": 1})
+        self.assertEqual(self.verdict(lambda out: exact.float()), {"close": 1, "elements": 32 * 128})
+        for spoil in (torch.zeros_like, lambda out: out * (1 + 1e-6), lambda out: out.roll(1, 0)):
+            self.assertEqual(self.verdict(spoil), {"worse": 1, "elements": 32 * 128})
         self.assertEqual(self.verdict(lambda out: out.masked_fill(out == out.max(), float("nan"))), {"worse": 1})
 
 
