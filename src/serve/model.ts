@@ -44,8 +44,6 @@ export interface ModelFacts {
   dtype: string
   /** Whether the tokenizer has a chat template. */
   chat: boolean
-  /** Whether a grouped GEMM waits for its result. */
-  waits: boolean
 }
 
 /** How the token behind a row's last one is chosen. */
@@ -179,13 +177,15 @@ export class ServedModel {
   }
 
   async #experts(request: PyRef): Promise<PyRef> {
-    using layer = request.item(0)
+    using what = request.item(0)
     using hiddenStates = request.item(1)
     using topkIds = request.item(2)
     using topkWeights = request.item(3)
-    const experts = this.#layers[layer.toJS() as number]!
+    const [index, long] = what.toJS() as [number, boolean]
+    const experts = this.#layers[index]!
     const args = { hiddenStates, topkIds, topkWeights }
-    return this.facts.waits ? await experts.forwardAsync(args) : experts.forward(args)
+    // What is short is sooner done here than handed to another thread and back.
+    return long ? await experts.forwardAsync(args) : experts.forward(args)
   }
 
   #layer(described: PyRef, numerics: 'fp32' | 'triton' | undefined): MoeLayer {

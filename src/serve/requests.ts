@@ -123,9 +123,9 @@ export type Input = { text: string } | { messages: Message[] } | { tokens: numbe
 
 export function completionInput(body: CompletionBody, facts: ModelFacts): Input {
   const { prompt } = body
-  if (typeof prompt === 'string') return { text: prompt }
+  if (typeof prompt === 'string') return { text: wellFormed(prompt) }
   const [first] = prompt
-  if (typeof first === 'string') return { text: first }
+  if (typeof first === 'string') return { text: wellFormed(first) }
   const wrong = (prompt as number[]).find((token) => token >= facts.vocabulary)
   if (wrong === undefined) return { tokens: prompt as number[] }
   throw new ApiError(400, `prompt: token ${wrong} is not in the model's vocabulary of ${facts.vocabulary}`, 'prompt')
@@ -137,9 +137,14 @@ export function chatInput(body: ChatBody, facts: ModelFacts): Input {
   }
   const messages = body.messages.map(({ role, content }) => ({
     role,
-    content: typeof content === 'string' ? content : content.map((part) => part.text).join(''),
+    content: wellFormed(typeof content === 'string' ? content : content.map((part) => part.text).join('')),
   }))
   return { messages }
+}
+
+/** JSON can spell halves of characters, which are no text: each becomes a replacement character. */
+function wellFormed(text: string): string {
+  return Buffer.from(text).toString()
 }
 
 /** The wish without the length, which depends on the prompt. */

@@ -80,3 +80,13 @@ def save(engine, folder):
 def spoilt(grouped_gemm):
     """A grouped GEMM that is off by so little that only a comparison tells."""
     return lambda *args: grouped_gemm(*args) * (1 + 2.0**-7)
+
+
+def misdirect(experts):
+    """Asks for the experts of a layer that does not exist."""
+    experts.asked = experts._ask
+    experts._ask = lambda request: experts.asked(((10**6, False), *request[1:]))
+
+
+def direct(experts):
+    experts._ask = experts.asked

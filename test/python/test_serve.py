@@ -114,8 +114,8 @@ class Passes(unittest.TestCase):
         served = engine("qwen3-moe")
         expected = generate(served, {0: self.prompts[1]}, 8, 1000)
         plan = {"mode": "epmoe", "compared": False, "rows": [{"slot": 0, "start": 0, "tokens": [1], "wish": None}]}
-        layer, hidden, _ids, _weights = served.step(json.dumps(plan))
-        self.assertEqual((layer, list(hidden.shape)), (0, [1, 128]))
+        what, hidden, _ids, _weights = served.step(json.dumps(plan))
+        self.assertEqual((what, list(hidden.shape)), ((0, False), [1, 128]))
         with self.assertRaisesRegex(RuntimeError, "on purpose"):
             served.fail("on purpose")
         self.assertEqual(generate(served, {0: self.prompts[1]}, 8, 1000), expected)

@@ -4,7 +4,6 @@ import json
 
 import torch
 
-from epmoe import moe
 from epmoe.serve import models, sampling
 from epmoe.serve.experts import Experts, elapsed, mark
 from epmoe.serve.handoff import Handoff
@@ -18,7 +17,7 @@ class Engine:
     """Everything but :meth:`layers` is called on the executor's thread, one call after the other.
 
     A pass is :meth:`step`, and :meth:`resume` or :meth:`fail` for as long as these return a request for experts:
-    ``(layer, hidden, ids, weights)``. The last of them returns the pass's result, a JSON text.
+    see :class:`Experts`. The last of them returns the pass's result, a JSON text.
     """
 
     def __init__(self, options):
@@ -49,8 +48,6 @@ class Engine:
                 "device": str(first.device),
                 "dtype": str(first.dtype).removeprefix("torch."),
                 "chat": self.tokenizer.chat_template is not None,
-                # Whether the grouped GEMM waits for its result: then it is not for the event loop's thread.
-                "waits": not (first.is_cuda and moe._has_grouped_mm(first[0], first)),
             }
         )
 

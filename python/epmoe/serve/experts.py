@@ -6,15 +6,20 @@ from functools import partial
 
 import torch
 
+from epmoe import moe
+
 # Times the original's error.
 WORSE = 2.0
+# Multiplications from which on grouped GEMMs that wait are not for the event loop's thread: about a millisecond.
+LONG = 1 << 22
 
 
 class Experts:
     """Takes the place of the forward function of a model's expert modules.
 
-    In mode ``epmoe``, and in ``shadow`` for passes that are compared, ``ask((layer, hidden, ids, weights))`` gives the
-    result. In ``shadow`` the original's is what is served.
+    In mode ``epmoe``, and in ``shadow`` for passes that are compared, ``ask(((layer, long), hidden, ids, weights))``
+    gives the result; ``long`` is whether its grouped GEMMs make their caller wait for more than about a millisecond.
+    In ``shadow`` the original's is what is served.
     """
 
     def __init__(self, modules, ask):
@@ -45,17 +50,20 @@ class Experts:
     def _forward(self, layer, module, original, hidden, ids, weights):
         begin = mark(hidden.device)
         if self.mode == "epmoe":
-            out = self._asked(layer, hidden, ids, weights)
+            out = self._asked(layer, module, hidden, ids, weights)
         else:
             out = original(hidden, ids, weights)
             if self.mode == "shadow" and self.compared:
-                other = self._asked(layer, hidden, ids, weights)
+                other = self._asked(layer, module, hidden, ids, weights)
                 self._compare(module, hidden, ids, weights, out, other)
         self._spans.append((begin, mark(hidden.device)))
         return out
 
-    def _asked(self, layer, hidden, ids, weights):
-        return self._ask((layer, hidden.contiguous(), ids.contiguous(), weights.contiguous()))
+    def _asked(self, layer, module, hidden, ids, weights):
+        first = module.gate_up_proj
+        waits = not (first.is_cuda and moe._has_grouped_mm(first[0], first))
+        long = waits and ids.numel() * (first[0].numel() + module.down_proj[0].numel()) > LONG
+        return self._ask(((layer, long), hidden.contiguous(), ids.contiguous(), weights.contiguous()))
 
     def _compare(self, module, hidden, ids, weights, original, other):
         """Both against the experts in float64, by the L2 norm relative to the exact result's.
