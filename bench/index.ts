@@ -1,9 +1,10 @@
-// npm run bench -- host | kernels | soak: what a call costs on the host, what the kernels reach on the GPU, and whether
-// memory stays flat under hours of mixed calls.
+// npm run bench -- host | kernels | soak | serve: what a call costs on the host, what the kernels reach on the GPU, whether
+// memory stays flat under hours of mixed calls, and how many tokens a second are served.
 const suites: Record<string, () => Promise<{ default: () => void | Promise<void> }>> = {
   host: () => import('./host.js'),
   kernels: () => import('./kernels.js'),
   soak: () => import('./soak.js'),
+  serve: () => import('./serve.js'),
 }
 
 const suite = suites[process.argv[2] ?? '']

@@ -23,7 +23,7 @@ function shutGate(t: ExecutionContext, server: Server) {
   return gate
 }
 
-const tokens = 24
+const tokens = 16
 
 /** What goes with a prompt in these tests. */
 function chat(server: Server, prompt: string) {
@@ -96,14 +96,14 @@ async function stream(
 
 test('more clients than slots, some of whom leave, while modes change: nothing is lost or mixed up', async (t) => {
   const server = await served(t, { slots: 4, queue: 200, batchTokens: 24 })
-  const expected = await expectations(server, 24)
+  const expected = await expectations(server, 12)
   const before = server.metrics.totals.passes
   const outcome = { ...server.metrics.totals.requests }
   const flips = setInterval(() => {
     server.model.mode = kernelModes[(kernelModes.indexOf(server.model.mode) + 1) % 3]!
   }, 20)
   t.teardown(() => clearInterval(flips))
-  const clients = Array.from({ length: 72 }, async (_, i) => {
+  const clients = Array.from({ length: 48 }, async (_, i) => {
     const [prompt, text] = [...expected][i % expected.size]!
     // Two of six leave.
     if (i % 6 >= 4) return void (await stream(server, prompt, 3))
@@ -115,12 +115,12 @@ test('more clients than slots, some of whom leave, while modes change: nothing i
   await until(() => server.batcher.running + server.batcher.waiting === 0)
   const { requests, passes, shadow } = server.metrics.totals
   const since = (key: string) => (requests[key] ?? 0) - (outcome[key] ?? 0)
-  t.is(since('stop') + since('length') + since('cancelled'), 72)
+  t.is(since('stop') + since('length') + since('cancelled'), 48)
   t.true(since('cancelled') > 0, 'nobody left in time')
   t.true(shadow.close + shadow.identical > 0, 'shadow was never on')
   t.is(shadow.worse, 0)
   t.is(server.errors.length, 0)
-  t.true(passes - before < 72 * tokens * 0.75, 'requests did not share forward passes')
+  t.true(passes - before < 48 * tokens * 0.75, 'requests did not share forward passes')
 })
 
 test('beyond the queue requests are told when to come back', async (t) => {
@@ -147,7 +147,8 @@ test('who leaves makes room: from the queue at once, from the batch before the n
     fetch(`${server.url}/v1/completions`, {
       method: 'POST',
       headers: { 'content-type': 'application/json' },
-      body: JSON.stringify({ model: server.name, prompt: 'a', max_tokens: 2000, ...body }),
+      // Tokens: text would have to wait for Python, which the gate keeps busy.
+      body: JSON.stringify({ model: server.name, prompt: [5], max_tokens: 2000, ...body }),
       signal: leaving.signal,
     }).catch(() => 'left')
   const gone = [ask({}), ask({ stream: true }), ask({})]

@@ -1,6 +1,7 @@
 import type { AddressInfo } from 'node:net'
 import { basename } from 'node:path'
 import { PassThrough, Readable } from 'node:stream'
+import { setTimeout } from 'node:timers/promises'
 import fastify, { type FastifyInstance, type FastifyReply } from 'fastify'
 import { chatForm, event, type Form, textForm } from './answers.js'
 import { Batcher, type BatcherOptions } from './batcher.js'
@@ -39,6 +40,8 @@ export interface ServeOptions extends ModelOptions, BatcherOptions {
 
 /** Tokens of a text completion that asks for no number, as OpenAI has it. */
 const defaultTextTokens = 16
+/** How long a client may take to read the rest of an answer when the server ends. */
+const flushSeconds = 5
 /** After so many failed forward passes in a row the server says that it is not healthy. */
 const tooManyFailures = 3
 
@@ -52,6 +55,7 @@ export class Server {
   readonly #live: Live
   readonly #options: ServeOptions
   readonly #watchers = new Set<PassThrough>()
+  readonly #answering = new Set<object>()
   #closing: Promise<void> | undefined
 
   /** Made by serve(). */
@@ -70,7 +74,7 @@ export class Server {
       bodyLimit: options.bodyLimit ?? 1 << 20,
       // A client has this long for its request; answers take as long as they take.
       requestTimeout: 30_000,
-      forceCloseConnections: 'idle',
+      forceCloseConnections: true,
       ajv: {
         customOptions: { coerceTypes: false, removeAdditional: false, useDefaults: false, allowUnionTypes: true },
       },
@@ -98,18 +102,36 @@ export class Server {
   }
 
   async #close(graceSeconds: number): Promise<void> {
-    const timer = Number.isFinite(graceSeconds)
-      ? setTimeout(() => this.batcher.abandon(), graceSeconds * 1000)
-      : undefined
-    await this.batcher.drain()
-    clearTimeout(timer)
+    const drained = this.batcher.drain()
+    if (Number.isFinite(graceSeconds)) {
+      const given = new AbortController()
+      const late = setTimeout(graceSeconds * 1000, undefined, { signal: given.signal }).then(
+        () => this.batcher.abandon(),
+        () => undefined,
+      )
+      await Promise.race([drained, late])
+      given.abort()
+    }
+    await drained
     for (const watcher of this.#watchers) watcher.end()
+    await this.#answersOut()
     await this.#app.close()
     await this.model.close()
   }
 
+  /** Waits for the last bytes of answers, but not for clients that do not read them. */
+  async #answersOut(): Promise<void> {
+    const deadline = performance.now() + flushSeconds * 1000
+    while (this.#answering.size > 0 && performance.now() < deadline) await setTimeout(10)
+  }
+
   #routes(): void {
     const app = this.#app
+    app.addHook('onRequest', (_, { raw }, done) => {
+      this.#answering.add(raw)
+      raw.once('close', () => this.#answering.delete(raw))
+      done()
+    })
     app.setErrorHandler((error, _, reply) => this.#refuse(reply, error))
     app.setNotFoundHandler((request, reply) =>
       this.#refuse(reply, new ApiError(404, `there is no ${request.method} ${request.url.split('?')[0]}`)),
