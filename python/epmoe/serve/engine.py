@@ -1,5 +1,6 @@
 """One model and its sequences: what Node drives."""
 
+import contextlib
 import json
 
 import torch
@@ -11,6 +12,8 @@ from epmoe.serve.slots import Row, SlotCache
 from epmoe.serve.text import Detokenizer
 
 __all__ = ["Engine"]
+
+_NOTHING = contextlib.nullcontext()
 
 
 class Engine:
@@ -26,11 +29,17 @@ class Engine:
             options["model"], options["device"], options["dtype"], options["seed"], options["config"]
         )
         self.context = min(options["context"], self.model.config.get_text_config().max_position_embeddings)
-        self.handoff = Handoff(torch.no_grad)
+        self.handoff = Handoff(self._context_of_passes)
         self.modules = models.experts_of(self.model)
         self.experts = Experts(self.modules, self.handoff.ask)
         self.cache = SlotCache(options["slots"], self.context)
         self._texts = {}
+
+    @contextlib.contextmanager
+    def _context_of_passes(self):
+        """Grad mode and CUDA device are kept by thread."""
+        with torch.no_grad(), torch.cuda.device(self.model.device) if self.model.device.type == "cuda" else _NOTHING:
+            yield
 
     def facts(self):
         """What Node has to know about the model; JSON."""
