@@ -39,7 +39,7 @@ test('the page shows requests, tokens and shadow counts while they come, and swi
   page.on('console', (message) => message.type() === 'error' && problems.push(message.text()))
   await page.goto(server.url)
   await says(page, '#state', 'serving')
-  await says(page, '#model', 'qwen3-moe (Qwen3MoeForCausalLM, float32 on cpu)')
+  await says(page, '#model', `qwen3-moe (Qwen3MoeForCausalLM, float32 on ${server.model.facts.device})`)
   await says(page, '#tokens', '0')
   t.is(await page.getAttribute('[data-mode=epmoe]', 'aria-pressed'), 'true')
 
