@@ -1,9 +1,10 @@
-// npm run bench -- host | kernels | ranks | soak: what a call costs on the host, what the kernels reach on the GPU, what
-// more ranks give, and whether memory stays flat under hours of mixed calls.
+// npm run bench -- host | kernels | ranks | serve | soak: what a call costs on the host, what the kernels reach on the GPU,
+// what more ranks give, how many tokens a second are served, and whether memory stays flat under hours of mixed calls.
 const suites: Record<string, () => Promise<{ default: () => void | Promise<void> }>> = {
   host: () => import('./host.js'),
   kernels: () => import('./kernels.js'),
   ranks: () => import('./ranks.js'),
+  serve: () => import('./serve.js'),
   soak: () => import('./soak.js'),
 }
 

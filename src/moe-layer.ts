@@ -97,6 +97,31 @@ export class MoeLayer implements Disposable {
 
   /** Returns output, or the tensor allocated for it. */
   forward(args: MoeForwardArguments): PyRef {
+    const steps = this.#steps(args)
+    let step = steps.next()
+    while (!step.done) step = steps.next(this.#groupedGemm.call(...step.value))
+    return step.value
+  }
+
+  /**
+   * The same with the matrix products on Python's executor thread, where they may wait: for torch on the CPU, or for the
+   * GPU in other dtypes than bfloat16. The event loop goes on meanwhile; the arguments must stay as they are until then.
+   */
+  async forwardAsync(args: MoeForwardArguments): Promise<PyRef> {
+    const steps = this.#steps(args)
+    let step = steps.next()
+    while (!step.done) {
+      const product: Promise<PyRef> = this.#groupedGemm.callAsync(...step.value)
+      step = await product.then(
+        (result) => steps.next(result),
+        (error: unknown) => steps.throw(error),
+      )
+    }
+    return step.value
+  }
+
+  /** Yields the arguments of each grouped GEMM, is given its result, and returns the output. */
+  *#steps(args: MoeForwardArguments): Generator<unknown[], PyRef, PyRef> {
     const axes = this.check(args)
     const { hiddenStates, topkIds, topkWeights, sharedOutput, residual } = args
     const output = args.output ?? hiddenStates.method('new_empty', [axes.size('T'), axes.size('H')])
@@ -111,9 +136,9 @@ export class MoeLayer implements Disposable {
     using gateupInput = hiddenStates.method('new_empty', [slots, axes.size('H')])
     preReorder({ input: hiddenStates, gateupInput, src2dst })
     const { w13, w13Bias, w2, w2Bias, routedScalingFactor, numerics } = this.#options
-    using gateupOutput = this.#groupedGemm.call(gateupInput, w13, segIndptr, w13Bias)
+    using gateupOutput = yield [gateupInput, w13, segIndptr, w13Bias]
     using downInput = this.#activate(gateupOutput, reorderTopkIds, slots)
-    using downOutput = this.#groupedGemm.call(downInput, w2, segIndptr, w2Bias)
+    using downOutput = yield [downInput, w2, segIndptr, w2Bias]
     postReorder({ downOutput, output, src2dst, topkWeights, sharedOutput, residual, routedScalingFactor, numerics })
     return output
   }

@@ -53,6 +53,16 @@ test('the library part does not import the command line', (t) => {
   t.not(matching(files, /from '\.\.\/verb\.js'/).length, 0)
 })
 
+test('what only the server needs is loaded by the server only', (t) => {
+  const files = sources('src', /\.(ts|mjs)$/)
+  const elsewhere = files.filter(({ file }) => !file.startsWith('src/serve/'))
+  t.deepEqual(matching(elsewhere, /from '(fastify|prom-client)/), [])
+  t.not(matching(files, /from '(fastify|prom-client)/).length, 0)
+  // The command line loads it when it is asked to serve; model.ts is as light as the rest.
+  t.deepEqual(matching(elsewhere, /serve\/(?!model\.js)\w+\.js'/), ['src/cli/verbs/serve.ts'])
+  t.deepEqual(matching(elsewhere, /from '[^']*serve\/(?!model\.js)\w+\.js'/), [])
+})
+
 test('one module loads pymport', (t) => {
   t.deepEqual(matching(sources('src', /\.ts$/), /\('pymport'\)|from 'pymport'/), [
     'src/foreign.ts',

@@ -173,6 +173,26 @@ for (const device of testDevices) {
     t.true(ours <= allowed, `${ours}, allowed ${allowed}`)
   })
 
+  test(`forwardAsync gives the same, several at a time, and rejects with what went wrong on ${device}`, async (t) => {
+    const x = tensors(base)
+    const call = { hiddenStates: x('hidden'), topkIds: x('ids'), topkWeights: x('weights') }
+    const layer = moeLayer(optionsOf(base, x))
+    const expected = layer.forward(call)
+    const before = python.pending
+    const calls = Array.from({ length: 5 }, () => layer.forwardAsync(call))
+    t.true(python.pending > before, 'nothing is done on the other thread')
+    for (const output of await Promise.all(calls)) {
+      t.true(valueOf('torch.equal(a, b)', { a: output, b: expected }))
+    }
+    const wrong = layer.forwardAsync({ ...call, topkWeights: x('ids') })
+    await t.throwsAsync(wrong, { code: 'ERR_DTYPE' })
+    const failing = moeLayer({
+      ...optionsOf(base, x),
+      activation: () => evaluate('1 / 0'),
+    })
+    await t.throwsAsync(failing.forwardAsync(call), { code: 'ERR_PYTHON_EXCEPTION', message: /ZeroDivisionError/ })
+  })
+
   test(`an id that the model does not have is reported on ${device}, on every rank`, (t) => {
     const x = tensors(base)
     for (const [start, local] of [

@@ -1,0 +1,145 @@
+"""One model and its sequences: what Node drives."""
+
+import contextlib
+import json
+
+import torch
+
+from epmoe.serve import models, sampling
+from epmoe.serve.experts import Experts, elapsed, mark
+from epmoe.serve.handoff import Handoff
+from epmoe.serve.slots import Row, SlotCache
+from epmoe.serve.text import Detokenizer
+
+__all__ = ["Engine"]
+
+_NOTHING = contextlib.nullcontext()
+
+
+class Engine:
+    """Everything but :meth:`layers` is called on the executor's thread, one call after the other.
+
+    A pass is :meth:`step`, and :meth:`resume` or :meth:`fail` for as long as these return a request for experts:
+    see :class:`Experts`. The last of them returns the pass's result, a JSON text.
+    """
+
+    def __init__(self, options):
+        options = json.loads(options)
+        self.model, self.tokenizer = models.load(
+            options["model"], options["device"], options["dtype"], options["seed"], options["config"]
+        )
+        self.context = min(options["context"], self.model.config.get_text_config().max_position_embeddings)
+        self.handoff = Handoff(self._context_of_passes)
+        self.modules = models.experts_of(self.model)
+        self.experts = Experts(self.modules, self.handoff.ask)
+        self.cache = SlotCache(options["slots"], self.context)
+        self._texts = {}
+
+    @contextlib.contextmanager
+    def _context_of_passes(self):
+        """Grad mode and CUDA device are kept by thread."""
+        with torch.no_grad(), torch.cuda.device(self.model.device) if self.model.device.type == "cuda" else _NOTHING:
+            yield
+
+    def facts(self):
+        """What Node has to know about the model; JSON."""
+        config, generation = self.model.config, self.model.generation_config
+        ends = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
+        first = self.modules[0].gate_up_proj
+        return json.dumps(
+            {
+                "architecture": type(self.model).__name__,
+                "parameters": sum(each.numel() for each in self.model.parameters()),
+                "vocabulary": config.get_text_config().vocab_size,
+                "context": self.context,
+                "ends": ends if isinstance(ends, list) else [] if ends is None else [ends],
+                "layers": len(self.modules),
+                "device": str(first.device),
+                "dtype": str(first.dtype).removeprefix("torch."),
+                "chat": self.tokenizer.chat_template is not None,
+            }
+        )
+
+    def layers(self):
+        return [models.layer_of(module) for module in self.modules]
+
+    def encode(self, request):
+        """Token ids of a text, or of messages; JSON to JSON."""
+        request = json.loads(request)
+        if "text" in request:
+            ids = self.tokenizer(request["text"], verbose=False).input_ids
+        else:
+            text = self.tokenizer.apply_chat_template(request["messages"], tokenize=False, add_generation_prompt=True)
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return json.dumps(ids)
+
+    def step(self, plan):
+        """One forward pass. ``plan`` is JSON: the mode, whether shadow compares, and rows.
+
+        A row has its slot, the position of its first token, tokens, and, if a token is to be sampled behind the last,
+        a wish: see :func:`sampling.sample`; ``logprobs`` is how many alternatives are asked for, or absent.
+        """
+        return self._next(*self.handoff.run(self._pass, json.loads(plan)))
+
+    def resume(self, output):
+        return self._next(*self.handoff.resume(output))
+
+    def fail(self, message):
+        return self._next(*self.handoff.fail(RuntimeError(message)))
+
+    def close(self):
+        self.handoff.close()
+        self.cache = self.model = self.modules = None
+
+    def _next(self, kind, value):
+        return value
+
+    def _pass(self, plan):
+        self.experts.begin(plan["mode"], plan["compared"])
+        rows, tokens = [], []
+        for row in plan["rows"]:
+            rows.append(Row(row["slot"], row["start"], len(tokens), len(row["tokens"])))
+            tokens += row["tokens"]
+        device = self.model.device
+        begin = mark(device)
+        positions = self.cache.begin(rows, device)
+        sampled = [i for i, row in enumerate(plan["rows"]) if row.get("wish") is not None]
+        last = torch.tensor([rows[i].first + rows[i].count - 1 for i in sampled], dtype=torch.int64).to(device)
+        logits = self.model(
+            input_ids=torch.tensor([tokens]).to(device),
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=last,
+            slots=self.cache,
+        ).logits[0]
+        wishes = [plan["rows"][i]["wish"] for i in sampled]
+        chosen = sampling.sample(logits.float(), wishes) if sampled else []
+        end = mark(device)
+        if device.type == "cuda":
+            end.synchronize()
+        results = [
+            self._told(plan["rows"][i], logits[place], token)
+            for place, (i, token) in enumerate(zip(sampled, chosen, strict=True))
+        ]
+        return json.dumps(
+            {
+                "rows": results,
+                "seconds": elapsed(begin, end),
+                "expert_seconds": self.experts.seconds(),
+                "shadow": self.experts.shadow,
+            }
+        )
+
+    def _told(self, row, logits, token):
+        slot, wish = row["slot"], row["wish"]
+        if wish["first"]:
+            self._texts[slot] = Detokenizer(self.tokenizer)
+        text, held = self._texts[slot].push(token)
+        result = {"token": token, "text": text, "held": held}
+        if wish.get("logprobs") is not None:
+            own, top = sampling.log_probabilities(logits.float(), token, wish["logprobs"])
+            result["logprob"] = own
+            result["piece"] = self.tokenizer.decode([token])
+            result["top"] = [{"piece": self.tokenizer.decode([each]), "logprob": value} for each, value in top]
+        return result

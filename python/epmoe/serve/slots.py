@@ -1,0 +1,122 @@
+"""The KV cache of a changing set of sequences, and attention on it.
+
+A forward pass gets the tokens of all sequences one after the other, [1, N], without padding: whole prompts, parts of
+prompts and single tokens side by side. Only attention knows which token belongs to which sequence. Each sequence has
+a slot of the cache, which is allocated once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface
+
+IMPLEMENTATION = "epmoe_slots"
+
+
+@dataclass
+class Row:
+    """A sequence's part of a pass: ``count`` tokens from position ``start`` on, beginning at token ``first``."""
+
+    slot: int
+    start: int
+    first: int
+    count: int
+
+    @property
+    def end(self):
+        return self.start + self.count
+
+
+class Group:
+    """Rows of as many tokens each, for which attention is computed at once."""
+
+    def __init__(self, rows, device):
+        tokens = [row.first + i for row in rows for i in range(row.count)]
+        dense = tokens[-1] - tokens[0] == len(tokens) - 1
+        self.shape = (len(rows), rows[0].count)
+        # Where its tokens are in the pass.
+        self.place = slice(tokens[0], tokens[-1] + 1) if dense else torch.tensor(tokens).to(device)
+        slots = [row.slot for row in rows]
+        self.slots = slice(slots[0], slots[0] + 1) if len(slots) == 1 else torch.tensor(slots).to(device)
+        self.length = max(row.end for row in rows)
+        starts = torch.tensor([row.start for row in rows]).to(device)
+        self._own = starts[:, None] + torch.arange(rows[0].count, device=device)
+        self._masks = {}
+
+    def mask(self, sliding_window):
+        """What each token may look at: itself and what came before it, [rows, 1, tokens, length]."""
+        if sliding_window not in self._masks:
+            other, own = torch.arange(self.length, device=self._own.device), self._own[..., None]
+            mask = other <= own
+            if sliding_window is not None:
+                mask &= other > own - sliding_window
+            self._masks[sliding_window] = mask[:, None]
+        return self._masks[sliding_window]
+
+
+class SlotCache:
+    """What transformers calls ``past_key_values``: keys and values [slots, heads, context, width] for each layer."""
+
+    def __init__(self, slots, context):
+        self._slots, self._context = slots, context
+        self._layers = {}
+        self._slot_of_token = self._position_of_token = None
+        self.groups = []
+
+    def begin(self, rows, device):
+        """Sets the rows of the next pass; returns the tokens' positions, [1, N]."""
+        # Sequences that get one token go together, each longer part for itself.
+        single = [row for row in rows if row.count == 1]
+        longer = [[row] for row in rows if row.count > 1]
+        self.groups = [Group(part, device) for part in ([single] if single else []) + longer]
+        positions = [position for row in rows for position in range(row.start, row.end)]
+        slots = [row.slot for row in rows for _ in range(row.count)]
+        self._slot_of_token, self._position_of_token = torch.tensor([slots, positions]).to(device)
+        return self._position_of_token[None]
+
+    def update(self, keys, values, layer, *_, **__):
+        """Stores a layer's new keys and values, [1, heads, N, width]; attention reads them by :meth:`read`."""
+        if layer not in self._layers:
+            self._layers[layer] = tuple(
+                # Zeros, for what lies behind a sequence's end is multiplied by a probability of zero.
+                each.new_zeros(self._slots, each.shape[1], self._context, each.shape[3])
+                for each in (keys, values)
+            )
+        for store, new in zip(self._layers[layer], (keys, values), strict=True):
+            store[self._slot_of_token, :, self._position_of_token] = new[0].transpose(0, 1)
+        return keys, values
+
+    def get_seq_length(self, *_):
+        return 0
+
+    def read(self, layer, slots, length):
+        """Keys and values of some slots (a slice or indices) up to ``length``, [slots, heads, length, width]."""
+        return tuple(store[slots, :, :length] for store in self._layers[layer])
+
+
+def attend(module, query, key, value, attention_mask, scaling=None, sliding_window=None, slots=None, **options):
+    """Attention of all rows on what the cache has of their sequences.
+
+    query [1, heads, N, width]; the result is [1, N, heads, width], as transformers wants it. ``slots`` is the cache.
+    """
+    if options.get("s_aux") is not None or options.get("softcap") is not None:
+        raise NotImplementedError("attention with sinks or a soft cap")
+    out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
+    for group in slots.groups:
+        # [rows, heads, tokens of a row, width]
+        queries = query[0, :, group.place].unflatten(1, group.shape).transpose(0, 1)
+        keys, values = slots.read(module.layer_idx, group.slots, group.length)
+        result = functional.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=group.mask(sliding_window),
+            scale=scaling,
+            enable_gqa=keys.shape[1] != queries.shape[1],
+        )
+        out[group.place] = result.transpose(1, 2).flatten(0, 1)
+    return out[None], None
+
+
+AttentionInterface.register(IMPLEMENTATION, attend)
