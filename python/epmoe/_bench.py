@@ -13,7 +13,7 @@ import torch
 
 from epmoe import references
 
-__all__ = ["call_of", "copy_rate", "measure"]
+__all__ = ["Clock", "call_of", "copy_rate", "measure"]
 
 _LEAST_REPLAY = 0.002  # seconds; starting and ending a replay takes some ten microseconds
 _MOST_CALLS = 2000
@@ -53,11 +53,11 @@ def copy_rate(device, nbytes):
     words = nbytes // 4
     source = torch.arange(words, dtype=torch.int32, device=device).mul_(-1640531527)  # not compressible
     target = torch.empty_like(source)
-    samples = _Clock(device, [lambda: target.copy_(source)], capture=False).samples(9)
+    samples = Clock(device, [lambda: target.copy_(source)], capture=False).samples(9)
     return 2 * 4 * words / statistics.median(samples)
 
 
-class _Clock:
+class Clock:
     """Seconds a call, of calls that are made in turn."""
 
     def __init__(self, device, calls, capture=True):
@@ -183,7 +183,7 @@ def measure(op, names, arguments, outputs, seconds, cold_bytes):
             made = {key: sets[0][key].clone() for key in outputs}
             reference = reference or made
             results[name]["problem"] = _outputs_agree(made, reference, outputs)
-            clock = _Clock(device, calls)
+            clock = Clock(device, calls)
         except Exception as error:
             results[name]["problem"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             continue
