@@ -8,6 +8,10 @@ export const env = {
   get nativeFolder(): string | undefined {
     return read('EPMOE_NATIVE')
   },
+  /** The commit that a copy without .git was made of, for reports. */
+  get commit(): string | undefined {
+    return read('EPMOE_COMMIT')
+  },
   /** Prints stacks where the command line would print one line. */
   get debug(): boolean {
     return read('EPMOE_DEBUG') !== undefined

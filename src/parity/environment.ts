@@ -1,7 +1,9 @@
+import { spawnSync } from 'node:child_process'
 import { arch, cpus, platform } from 'node:os'
 import { cpuThreads, deviceFacts, devices } from '../device.js'
+import { env } from '../env.js'
 import { native } from '../native.js'
-import { packageVersion } from '../package-root.js'
+import { packageRoot, packageVersion } from '../package-root.js'
 import type { Python } from '../python/python.js'
 import type { ReferenceFacts } from './references.js'
 
@@ -9,6 +11,7 @@ import type { ReferenceFacts } from './references.js'
 export function environmentOf(python: Python, references: ReferenceFacts[]): Record<string, unknown> {
   return {
     epmoe: packageVersion,
+    ...commitOf(packageRoot),
     node: process.version,
     platform: `${platform()}-${arch()}`,
     cpu: cpus()[0]?.model ?? 'unknown',
@@ -21,4 +24,13 @@ export function environmentOf(python: Python, references: ReferenceFacts[]): Rec
     references: references.map(({ name, ...facts }) => ({ name, ...facts })),
     time: new Date().toISOString(),
   }
+}
+
+/** The checkout's commit, with a `+` when files differ from it; nothing in an installed package. */
+function commitOf(folder: string): { commit?: string } {
+  if (env.commit !== undefined) return { commit: env.commit }
+  const git = spawnSync('git', ['-C', folder, 'describe', '--always', '--dirty=+', '--exclude=*', '--abbrev=10'], {
+    encoding: 'utf8',
+  })
+  return git.status === 0 ? { commit: git.stdout.trim() } : {}
 }
