@@ -57,7 +57,7 @@ ${plot('percent of a copy', timings, ({ ofCopy }) => 100 * ofCopy, 'linear', 110
 }
 
 const [width, height] = [460, 280]
-const margin = { left: 62, right: 14, top: 30, bottom: 38 }
+const margin = { left: 62, right: 24, top: 30, bottom: 38 }
 
 type Scale = (value: number) => number
 
