@@ -4,6 +4,7 @@ export { cpuThreads, deviceFacts, devices, setCpuThreads } from './device.js'
 export type { DType, TypedArray } from './dtype.js'
 export { EpmoeError, PythonError } from './errors.js'
 export * from './generated/ops.js'
+export { Graph } from './graph.js'
 export {
   type MoeActivation,
   type MoeForwardArguments,

@@ -98,6 +98,12 @@ export interface Native {
     synchronize(deviceId: number, stream: number): Promise<void>
     synchronizeSync(deviceId: number, stream: number): void
   }
+  graph: {
+    /** Runs `body` while the stream is captured; returns the graph's number. */
+    capture(deviceId: number, stream: number, body: () => unknown): number
+    replay(graph: number, stream: number): void
+    forget(graph: number): void
+  }
   device: {
     cudaCompiled: boolean
     cudaCount(): number

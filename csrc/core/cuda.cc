@@ -74,6 +74,17 @@ Device &device(int32_t device_id) {
 
 bool on_gpu(DLDevice where) { return where.device_type == kDLCUDA; }
 
+bool idle(void *stream) {
+  const OutsideCapture outside;
+  const cudaError_t state = cudaStreamQuery(static_cast<cudaStream_t>(stream));
+  if (state == cudaErrorNotReady) {
+    cudaGetLastError();
+    return false;
+  }
+  expect_success(state, "asking whether a stream is idle");
+  return true;
+}
+
 }  // namespace
 
 void expect_success(int code, const char *what) {
@@ -86,6 +97,10 @@ void expect_success(int code, const char *what) {
   }
   if (error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver) {
     fail(EPMOE_ERR_NO_CUDA, "", "a CUDA device and a driver that fits", received, "Run epmoe doctor");
+  }
+  if (error >= cudaErrorStreamCaptureUnsupported && error <= cudaErrorStreamCaptureWrongThread) {
+    fail(EPMOE_ERR_CAPTURE, "", std::string("something else than ") + what + " while a stream is captured", received,
+         "Do it before or after the capture, which is lost");
   }
   fail(EPMOE_ERR_CUDA, "", std::string("success in ") + what, received,
        "Earlier asynchronous work may be the cause: run under compute-sanitizer to find it");
@@ -109,6 +124,7 @@ void *own_stream(int32_t device_id) { return device(device_id).stream; }
 
 void *allocate(DLDevice where, size_t nbytes) {
   void *data = nullptr;
+  const OutsideCapture outside;
   if (on_gpu(where)) {
     device(where.device_id);
     const DeviceGuard guard(where.device_id);
@@ -120,6 +136,7 @@ void *allocate(DLDevice where, size_t nbytes) {
 }
 
 void release(DLDevice where, void *data) {
+  const OutsideCapture outside;
   if (on_gpu(where)) {
     const DeviceGuard guard(where.device_id);
     expect_success(cudaFree(data), "freeing a tensor");
@@ -129,6 +146,13 @@ void release(DLDevice where, void *data) {
 }
 
 void copy(void *dst, DLDevice dst_device, const void *src, DLDevice src_device, size_t nbytes, void *stream) {
+  if (const Capture *capture = current_capture()) {
+    if (stream != capture->stream || dst_device.device_type == kDLCPU || src_device.device_type == kDLCPU) {
+      fail(EPMOE_ERR_CAPTURE, "tensor", "a copy on the captured stream, of tensors on GPUs or in page-locked memory",
+           stream != capture->stream ? "one on another stream" : "one of pageable memory",
+           "Copy before or after the capture, or make the host's tensor pinned");
+    }
+  }
   const DeviceGuard guard(on_gpu(dst_device) ? dst_device.device_id : src_device.device_id);
   expect_success(cudaMemcpyAsync(dst, src, nbytes, cudaMemcpyDefault, static_cast<cudaStream_t>(stream)),
                  "copying a tensor");
@@ -197,6 +221,7 @@ extern "C" epmoe_status epmoe_stream_create(int32_t device_id, void **out) {
   return guarded([&] {
     epmoe::cuda::device(device_id);
     const DeviceGuard guard(device_id);
+    const epmoe::cuda::OutsideCapture outside;
     cudaStream_t stream = nullptr;
     expect_success(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream");
     *out = stream;
@@ -220,8 +245,17 @@ extern "C" epmoe_status epmoe_stream_foreign(int32_t device_id, void **out) {
 
 extern "C" epmoe_status epmoe_stream_wait(int32_t device_id, void *stream, void *awaited) {
   return guarded([&] {
+    using epmoe::cuda::Captured;
     if (stream == awaited) return;
     const DeviceGuard guard(device_id);
+    const Captured which = epmoe::cuda::captured(stream, awaited);
+    if (which == Captured::kFirst && epmoe::cuda::idle(awaited)) return;
+    if (which == Captured::kFirst || which == Captured::kSecond) {
+      fail(EPMOE_ERR_CAPTURE, "stream", "work on one captured stream, or after all earlier work on its tensors",
+           which == Captured::kFirst ? "a tensor with work under way on a stream that is not captured"
+                                     : "a tensor that is being captured, used on a stream that is not",
+           which == Captured::kFirst ? "Synchronize that stream before the capture" : "Wait for the capture's end");
+    }
     cudaEvent_t event = nullptr;
     expect_success(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
     const int recorded = cudaEventRecord(event, static_cast<cudaStream_t>(awaited));
@@ -236,6 +270,12 @@ extern "C" epmoe_status epmoe_stream_synchronize(int32_t device_id, void *stream
   return guarded([&] {
     epmoe::cuda::device(device_id);
     const DeviceGuard guard(device_id);
+    // Asked of CUDA, waiting for a stream under capture would spoil the capture.
+    if (epmoe::cuda::captured(stream, stream) != epmoe::cuda::Captured::kNone) {
+      fail(EPMOE_ERR_CAPTURE, "stream", "a stream that runs", "one that is being captured",
+           "Wait after the capture, for a replay of the graph");
+    }
+    epmoe::cuda::refuse_in_capture("waiting for a stream");
     expect_success(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "waiting for a stream");
     epmoe::cuda::take_status(device_id);
   });

@@ -46,6 +46,19 @@ void *allocate(DLDevice where, size_t nbytes);
 void release(DLDevice where, void *data);
 void copy(void *dst, DLDevice dst_device, const void *src, DLDevice src_device, size_t nbytes, void *stream);
 
+// The capture of a graph that this thread has begun, or nullptr.
+struct Capture {
+  int32_t device_id;
+  void *stream;
+};
+const Capture *current_capture();
+// Throws when this thread captures: `what` would be done now, and not again at a replay.
+void refuse_in_capture(const char *what);
+// Which of two streams is being captured, by whomever: none, both into one graph, the first alone, or the second alone
+// or into another graph.
+enum class Captured { kNone, kTogether, kFirst, kSecond };
+Captured captured(void *first, void *second);
+
 // Throws Failure unless `code` is cudaSuccess.
 void expect_success(int code, const char *what);
 

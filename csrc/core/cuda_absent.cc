@@ -22,6 +22,8 @@ void *own_stream(int32_t) { absent(); }
 void *allocate(DLDevice, size_t) { absent(); }
 void release(DLDevice, void *) { absent(); }
 void copy(void *, DLDevice, const void *, DLDevice, size_t, void *) { absent(); }
+const Capture *current_capture() { return nullptr; }
+void refuse_in_capture(const char *) {}
 
 }  // namespace epmoe::cuda
 
@@ -38,3 +40,7 @@ extern "C" epmoe_status epmoe_stream_foreign(int32_t, void **) { return answer_a
 extern "C" epmoe_status epmoe_stream_wait(int32_t, void *, void *) { return answer_absent(); }
 extern "C" epmoe_status epmoe_stream_synchronize(int32_t, void *) { return answer_absent(); }
 extern "C" epmoe_status epmoe_check(int32_t) { return answer_absent(); }
+extern "C" epmoe_status epmoe_capture_begin(int32_t, void *) { return answer_absent(); }
+extern "C" epmoe_status epmoe_capture_end(epmoe_graph **) { return answer_absent(); }
+extern "C" epmoe_status epmoe_graph_replay(epmoe_graph *, void *) { return answer_absent(); }
+extern "C" void epmoe_graph_free(epmoe_graph *) {}

@@ -22,6 +22,7 @@ constexpr const char *kCodes[EPMOE_STATUS_COUNT] = {
     "ERR_READ_ONLY",
     "ERR_VALUE",
     "ERR_INDEX_OUT_OF_RANGE",
+    "ERR_CAPTURE",
     "ERR_NO_CUDA",
     "ERR_CUDA",
     "ERR_OUT_OF_MEMORY",

@@ -54,6 +54,7 @@ enum {
   EPMOE_ERR_READ_ONLY,
   EPMOE_ERR_VALUE,
   EPMOE_ERR_INDEX_OUT_OF_RANGE, /* an index value inside a tensor; the slot was skipped */
+  EPMOE_ERR_CAPTURE,            /* something that a CUDA graph cannot hold, or a capture used wrongly */
   /* the machine */
   EPMOE_ERR_NO_CUDA,
   EPMOE_ERR_CUDA,
@@ -184,7 +185,7 @@ EPMOE_API epmoe_status epmoe_prepare(const epmoe_op_info *op, const epmoe_value 
 EPMOE_API epmoe_status epmoe_prepared_run(const epmoe_prepared *prepared, int32_t stream_mode, void *stream);
 EPMOE_API void epmoe_prepared_free(epmoe_prepared *prepared);
 
-/* ---------------------------------------------------------------- devices, streams, memory */
+/* ---------------------------------------------------------------- devices, streams */
 
 EPMOE_API int32_t epmoe_cuda_compiled(void);
 /* 0 when there is no usable driver; epmoe_last_error() then holds the reason when CUDA is compiled in. */
@@ -209,12 +210,33 @@ EPMOE_API epmoe_status epmoe_stream_destroy(int32_t device_id, void *stream);
 EPMOE_API epmoe_status epmoe_stream_own(int32_t device_id, void **out);
 /* The framework's current stream there; EPMOE_ERR_VALUE without an exchange table. */
 EPMOE_API epmoe_status epmoe_stream_foreign(int32_t device_id, void **out);
-/* Makes work launched on `stream` from now on wait for what `awaited` holds now. Blocks nobody. */
+/* Makes work launched on `stream` from now on wait for what `awaited` holds now. Blocks nobody. A stream that is being
+ * captured, by whomever, can wait for no other: EPMOE_ERR_CAPTURE, unless that other has nothing left to do. */
 EPMOE_API epmoe_status epmoe_stream_wait(int32_t device_id, void *stream, void *awaited);
 /* Waits for the stream, then behaves as epmoe_check(). Blocks the calling thread. */
 EPMOE_API epmoe_status epmoe_stream_synchronize(int32_t device_id, void *stream);
 /* Takes the first index error that kernels finished so far on this device have reported, if any, and clears it. */
 EPMOE_API epmoe_status epmoe_check(int32_t device_id);
+
+/* ---------------------------------------------------------------- graphs */
+
+/* A captured CUDA graph: ops launched once and recorded, to be launched again by one call. */
+typedef struct epmoe_graph epmoe_graph;
+/* From now on what this thread launches through the library on `stream` is recorded instead of run: ops (without a
+ * stream of their own, or with this one) and copies between GPUs and page-locked memory. Ops on the CPU, other streams,
+ * copies of pageable memory and waiting for a stream are refused with EPMOE_ERR_CAPTURE, which leaves the capture as it
+ * was. Other threads are not affected. The default stream (NULL) cannot be captured. */
+EPMOE_API epmoe_status epmoe_capture_begin(int32_t device_id, void *stream);
+/* Ends the capture of this thread, whatever state it is in. NULL drops what was recorded. Every tensor that was used
+ * must outlive the graph; a prepared call may go. */
+EPMOE_API epmoe_status epmoe_capture_end(epmoe_graph **out);
+/* Launches the graph on any stream of its device. It reads what the tensors hold by then; indices out of range are
+ * found as those of epmoe_invoke() are. Launches of one graph follow one another, on whichever streams they are. */
+EPMOE_API epmoe_status epmoe_graph_replay(epmoe_graph *graph, void *stream);
+/* Launches under way are not disturbed. NULL is ignored. */
+EPMOE_API void epmoe_graph_free(epmoe_graph *graph);
+
+/* ---------------------------------------------------------------- memory */
 
 /* Memory of kDLCPU (64-byte aligned), kDLCUDA or kDLCUDAHost. 0 bytes give NULL. epmoe_free waits for the device. */
 EPMOE_API epmoe_status epmoe_alloc(DLDevice device, size_t nbytes, void **out);

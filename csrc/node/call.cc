@@ -10,11 +10,13 @@ namespace {
   environment.raise(code, op.name, op.params[index].name, "a tensor", received, hint);
 }
 
-// The stream that the frame asks for, or else torch's current one when a tensor is torch's, or else our own.
+// The stream that the frame asks for, or else the captured one, torch's current one when a tensor is torch's, or else
+// our own.
 void *stream_of(Environment &environment, int32_t gpu, bool foreign) {
   const Frame &frame = *environment.frame;
   void *stream = reinterpret_cast<void *>(static_cast<uintptr_t>(frame.word[kMaxValues]));
   if (frame.kind[kMaxValues] != EPMOE_STREAM_GIVEN) {
+    if (environment.recording != nullptr) return environment.recording->stream;
     environment.require(foreign ? epmoe_stream_foreign(gpu, &stream) : epmoe_stream_own(gpu, &stream));
   }
   return stream;
@@ -73,6 +75,7 @@ class Arguments {
       if (const Refusal refusal = read_object(object, &borrowed_[i]); refusal.code != nullptr) {
         raise_argument(environment_, op_, i, refusal.code, refusal.received, refusal.hint);
       }
+      if (environment_.recording != nullptr) record_object(environment_, object);
     }
   }
 

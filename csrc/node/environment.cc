@@ -1,7 +1,5 @@
 #include "node/environment.h"
 
-#include <set>
-
 #include "node/python.h"
 
 namespace epmoe::node {
@@ -42,8 +40,9 @@ double Environment::insert(std::unique_ptr<TensorRecord> record) {
     index = free_.back();
     free_.pop_back();
   }
+  record->handle = static_cast<double>(slots_[index].generation * kIndexSpan + index);
   slots_[index].record = std::move(record);
-  return static_cast<double>(slots_[index].generation * kIndexSpan + index);
+  return slots_[index].record->handle;
 }
 
 TensorRecord *Environment::find(double handle) {
@@ -71,6 +70,16 @@ bool Environment::erase(double handle, bool detach) {
 }
 
 void Environment::follow(TensorRecord &record, void *stream) {
+  if (recording != nullptr) {
+    if (record.foreign && !has_exchange()) {
+      raise("ERR_CAPTURE", "Graph.capture", "tensor", "a torch that tells its stream in C, or tensors of epmoe's own",
+            "a tensor of an older torch", "Update torch, or have torch.cuda.graph() capture");
+    }
+    recording->keep(record.storage);
+    recording->handles.insert(record.handle);
+    recording->foreign |= record.foreign;
+    return;
+  }
   if (record.stream_known && record.stream != stream) {
     require(epmoe_stream_wait(record.dl.device.device_id, stream, record.stream));
   }
@@ -97,14 +106,18 @@ void Environment::forget_stream(int32_t device_id, void *stream) {
 std::map<std::pair<int32_t, int32_t>, Environment::Count> Environment::live() const {
   std::map<std::pair<int32_t, int32_t>, Count> counts;
   std::set<const Storage *> storages;
-  for (const Slot &slot : slots_) {
-    if (!slot.record) continue;
-    const Storage &storage = *slot.record->storage;
+  const auto add = [&](const Storage &storage, int64_t tensors) {
     const bool gpu = storage.device.device_type == kDLCUDA;
     Count &count = counts[gpu ? std::pair<int32_t, int32_t>{kDLCUDA, storage.device.device_id}
                               : std::pair<int32_t, int32_t>{kDLCPU, 0}];
-    ++count.tensors;
+    count.tensors += tensors;
     if (storages.insert(&storage).second) count.bytes += static_cast<int64_t>(storage.nbytes);
+  };
+  for (const Slot &slot : slots_) {
+    if (slot.record) add(*slot.record->storage, 1);
+  }
+  for (const auto &[number, graph] : graphs) {
+    for (const auto &[storage, keeper] : graph.used.storages) add(*storage, 0);
   }
   return counts;
 }

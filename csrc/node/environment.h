@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -74,6 +75,19 @@ struct TensorRecord {
   void *stream = nullptr;
   bool stream_known = false;
   napi_ref buffer = nullptr;  // weak: the ArrayBuffer handed out over this tensor
+  double handle = 0;
+};
+
+// The tensors that the work of a graph uses: their memory, which the graph keeps, and their handles, by which replays
+// are ordered with other work on them for as long as the tensors live.
+struct Recording {
+  int32_t device_id = 0;
+  void *stream = nullptr;
+  bool foreign = false;  // some memory is the framework's
+  std::map<const Storage *, std::shared_ptr<Storage>> storages;
+  std::set<double> handles;
+
+  void keep(std::shared_ptr<Storage> storage) { storages.emplace(storage.get(), std::move(storage)); }
 };
 
 class Environment {
@@ -89,7 +103,8 @@ class Environment {
   // collected.
   bool erase(double handle, bool detach);
 
-  // `stream` waits for earlier work on the tensor, and becomes the stream of its latest work. CUDA tensors only.
+  // `stream` waits for earlier work on the tensor, and becomes the stream of its latest work. CUDA tensors only. While
+  // a graph is captured the tensor is noted instead, for the replays to do this.
   void follow(TensorRecord &record, void *stream);
   // The stream that work on this tensor belongs to when nobody says otherwise.
   void *home_stream(const TensorRecord &record);
@@ -105,6 +120,15 @@ class Environment {
   };
   std::map<double, Prepared> prepared;
   double last_prepared = 0;
+
+  // Graphs, likewise; and what the one being captured uses.
+  struct Graph {
+    std::unique_ptr<epmoe_graph, decltype(&epmoe_graph_free)> graph{nullptr, epmoe_graph_free};
+    Recording used;
+  };
+  std::map<double, Graph> graphs;
+  double last_graph = 0;
+  Recording *recording = nullptr;
 
   void drain();
   [[noreturn]] void raise(const char *argument = nullptr);  // throws the library's last error as an EpmoeError
@@ -140,6 +164,7 @@ class Environment {
 
 void export_tensors(Napi::Env env, Napi::Object exports);
 void export_calls(Napi::Env env, Napi::Object exports);
+void export_graphs(Napi::Env env, Napi::Object exports);
 void export_streams(Napi::Env env, Napi::Object exports);
 void export_python(Napi::Env env, Napi::Object exports);
 void export_parity(Napi::Env env, Napi::Object exports);

@@ -140,7 +140,7 @@ Napi::Value adopt(Environment &environment, Managed *managed) {
                       "Convert it with to() first");
   }
   if (record->dl.device.device_type == kDLCUDA && has_exchange()) {
-    record->stream = environment.home_stream(*record);
+    environment.require(epmoe_stream_foreign(record->dl.device.device_id, &record->stream));
     record->stream_known = true;
   }
   return describe(environment, environment.insert(std::move(record)));
@@ -316,6 +316,13 @@ const char *name_unsupported(PyObject *object) {
   if (truth_of_attribute(object, kIsQuantized)) return "a quantised tensor";
   if (truth_of_attribute(object, kIsMeta)) return "a meta tensor, which has no memory";
   return "a tensor whose layout or dtype DLPack cannot describe";
+}
+
+void record_object(Environment &environment, PyObject *object) {
+  DLManagedTensorVersioned *managed = nullptr;
+  if (py.exchange->managed_tensor_from_py_object_no_sync(object, &managed) != 0) raise_unsupported(environment, object);
+  environment.recording->keep(make_record(Storage::adopt(environment, managed), managed->dl_tensor)->storage);
+  environment.recording->foreign = true;
 }
 
 bool has_exchange() { return py.exchange != nullptr; }
