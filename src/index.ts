@@ -3,6 +3,7 @@ export type { Device, DeviceLike } from './device.js'
 export { cpuThreads, deviceFacts, devices, setCpuThreads } from './device.js'
 export type { DType, TypedArray } from './dtype.js'
 export { EpmoeError, PythonError } from './errors.js'
+export { Event, type EventOptions } from './event.js'
 export * from './generated/ops.js'
 export { Graph } from './graph.js'
 export {

@@ -97,6 +97,16 @@ export interface Native {
     destroy(deviceId: number, stream: number): void
     synchronize(deviceId: number, stream: number): Promise<void>
     synchronizeSync(deviceId: number, stream: number): void
+    waitEvent(deviceId: number, stream: number, event: number): void
+  }
+  event: {
+    create(deviceId: number, timed: boolean): number
+    forget(event: number): void
+    record(event: number, stream: number): void
+    query(event: number): boolean
+    synchronize(event: number): Promise<void>
+    synchronizeSync(event: number): void
+    elapsed(begin: number, end: number): number
   }
   graph: {
     /** Runs `body` while the stream is captured; returns the graph's number. */

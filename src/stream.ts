@@ -1,5 +1,6 @@
 import { type Device, type DeviceLike, deviceName, dl, parseDevice } from './device.js'
 import { EpmoeError } from './errors.js'
+import type { Event } from './event.js'
 import { native } from './native.js'
 
 /**
@@ -65,6 +66,11 @@ export class Stream implements Disposable {
     native().stream.synchronizeSync(this.#id, this.address)
   }
 
+  /** Makes work launched here from now on wait for the event as it was last recorded. Blocks nobody. */
+  wait(event: Event): void {
+    native().stream.waitEvent(this.#id, this.address, event.number('Stream.wait'))
+  }
+
   /** Waits for the stream and destroys it, when it is one that create() made. Harmless when repeated. */
   dispose(): void {
     const address = this.#address
@@ -77,7 +83,8 @@ export class Stream implements Disposable {
   }
 }
 
-function cudaId(device: DeviceLike, op: string): number {
+/** The number of a GPU; the CPU is refused. */
+export function cudaId(device: DeviceLike, op: string): number {
   const { type, id } = parseDevice(device, op)
   if (type === dl.cuda) return id
   throw new EpmoeError({
@@ -86,6 +93,6 @@ function cudaId(device: DeviceLike, op: string): number {
     argument: 'device',
     expected: 'a CUDA device',
     received: device,
-    hint: 'The CPU has no streams: its ops are done on return',
+    hint: 'The CPU has neither streams nor events: its ops are done on return',
   })
 }

@@ -158,8 +158,6 @@ void copy(void *dst, DLDevice dst_device, const void *src, DLDevice src_device, 
                  "copying a tensor");
 }
 
-namespace {
-
 void take_status(int32_t device_id) {
   volatile StatusWord *word = device(device_id).status;
   if (word->claim == 0) return;
@@ -176,7 +174,6 @@ void take_status(int32_t device_id) {
   throw failure;
 }
 
-}  // namespace
 }  // namespace epmoe::cuda
 
 using epmoe::fail;

@@ -40,6 +40,8 @@ struct Facts {
 const Facts &facts(int32_t device_id);
 StatusWord *status_word(int32_t device_id);
 void *own_stream(int32_t device_id);
+// Throws the index error that kernels have reported on the device, if any, and clears it.
+void take_status(int32_t device_id);
 
 // Memory on the GPU or page-locked on the host, and copies that touch the GPU.
 void *allocate(DLDevice where, size_t nbytes);

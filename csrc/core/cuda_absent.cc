@@ -40,6 +40,13 @@ extern "C" epmoe_status epmoe_stream_foreign(int32_t, void **) { return answer_a
 extern "C" epmoe_status epmoe_stream_wait(int32_t, void *, void *) { return answer_absent(); }
 extern "C" epmoe_status epmoe_stream_synchronize(int32_t, void *) { return answer_absent(); }
 extern "C" epmoe_status epmoe_check(int32_t) { return answer_absent(); }
+extern "C" epmoe_status epmoe_event_create(int32_t, int32_t, void **) { return answer_absent(); }
+extern "C" void epmoe_event_destroy(int32_t, void *) {}
+extern "C" epmoe_status epmoe_event_record(int32_t, void *, void *) { return answer_absent(); }
+extern "C" epmoe_status epmoe_event_query(int32_t, void *, int32_t *) { return answer_absent(); }
+extern "C" epmoe_status epmoe_event_synchronize(int32_t, void *) { return answer_absent(); }
+extern "C" epmoe_status epmoe_event_elapsed(int32_t, void *, void *, double *) { return answer_absent(); }
+extern "C" epmoe_status epmoe_stream_wait_event(int32_t, void *, void *) { return answer_absent(); }
 extern "C" epmoe_status epmoe_capture_begin(int32_t, void *) { return answer_absent(); }
 extern "C" epmoe_status epmoe_capture_end(epmoe_graph **) { return answer_absent(); }
 extern "C" epmoe_status epmoe_graph_replay(epmoe_graph *, void *) { return answer_absent(); }

@@ -218,6 +218,21 @@ EPMOE_API epmoe_status epmoe_stream_synchronize(int32_t device_id, void *stream)
 /* Takes the first index error that kernels finished so far on this device have reported, if any, and clears it. */
 EPMOE_API epmoe_status epmoe_check(int32_t device_id);
 
+/* Events: a point in a stream's work. One belongs to a device and is recorded on its streams, again and again; any
+ * device's stream may wait for it. One that was never recorded counts as done. Recording, and waiting, on a stream that
+ * is being captured is EPMOE_ERR_CAPTURE. `timed`: 1 when epmoe_event_elapsed() is to be asked. */
+EPMOE_API epmoe_status epmoe_event_create(int32_t device_id, int32_t timed, void **out);
+EPMOE_API void epmoe_event_destroy(int32_t device_id, void *event);
+EPMOE_API epmoe_status epmoe_event_record(int32_t device_id, void *event, void *stream);
+/* Makes work launched on `stream`, of device `device_id`, from now on wait for the event as it was last recorded. */
+EPMOE_API epmoe_status epmoe_stream_wait_event(int32_t device_id, void *stream, void *event);
+/* 1 or 0 in `*out`. */
+EPMOE_API epmoe_status epmoe_event_query(int32_t device_id, void *event, int32_t *out);
+/* Waits for the event, then behaves as epmoe_check(). Blocks the calling thread. */
+EPMOE_API epmoe_status epmoe_event_synchronize(int32_t device_id, void *event);
+/* Milliseconds between two events that are done; EPMOE_ERR_VALUE otherwise. */
+EPMOE_API epmoe_status epmoe_event_elapsed(int32_t device_id, void *begin, void *end, double *out);
+
 /* ---------------------------------------------------------------- graphs */
 
 /* A captured CUDA graph: ops launched once and recorded, to be launched again by one call. */

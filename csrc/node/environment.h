@@ -78,6 +78,17 @@ struct TensorRecord {
   double handle = 0;
 };
 
+// A CUDA event, which lives as long as JavaScript and every thread that waits for it.
+struct Event {
+  Event(Environment &environment, int32_t device_id, bool timed);
+  ~Event();
+  Event(const Event &) = delete;
+  Event &operator=(const Event &) = delete;
+
+  const int32_t device_id;
+  void *event = nullptr;
+};
+
 // The tensors that the work of a graph uses: their memory, which the graph keeps, and their handles, by which replays
 // are ordered with other work on them for as long as the tensors live.
 struct Recording {
@@ -129,6 +140,9 @@ class Environment {
   std::map<double, Graph> graphs;
   double last_graph = 0;
   Recording *recording = nullptr;
+
+  std::map<double, std::shared_ptr<Event>> events;
+  double last_event = 0;
 
   void drain();
   [[noreturn]] void raise(const char *argument = nullptr);  // throws the library's last error as an EpmoeError
