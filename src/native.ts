@@ -1,6 +1,6 @@
 import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
-import { join } from 'node:path'
+import { join, resolve } from 'node:path'
 import { env } from './env.js'
 import { EpmoeError, nativeError } from './errors.js'
 import { packageRoot } from './package-root.js'
@@ -149,7 +149,7 @@ let loaded: Native | undefined
 
 /** The folder of epmoe.node and libepmoe. */
 export function nativeFolder(): string {
-  return env.nativeFolder ?? join(packageRoot, 'build', 'Release')
+  return resolve(env.nativeFolder ?? join(packageRoot, 'build', 'Release'))
 }
 
 /** The addon, loaded on first use. */
