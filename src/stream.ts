@@ -10,12 +10,13 @@ import { enterScope, leaveScope } from './scope.js'
 export class Stream implements Disposable {
   readonly device: Device
   #address: number | undefined
-  readonly #id: number
+  /** @internal The GPU's number. */
+  readonly id: number
   readonly #owned: boolean
 
   private constructor(id: number, address: number, owned: boolean) {
     this.device = deviceName(dl.cuda, id)
-    this.#id = id
+    this.id = id
     this.#address = address
     this.#owned = owned
   }
@@ -58,12 +59,12 @@ export class Stream implements Disposable {
    * work failed.
    */
   async synchronize(): Promise<void> {
-    await native().stream.synchronize(this.#id, this.address)
+    await native().stream.synchronize(this.id, this.address)
   }
 
   /** The same, blocking. */
   synchronizeSync(): void {
-    native().stream.synchronizeSync(this.#id, this.address)
+    native().stream.synchronizeSync(this.id, this.address)
   }
 
   /** Makes work launched here from now on wait for the event as it was last recorded. Blocks nobody. */
@@ -72,14 +73,14 @@ export class Stream implements Disposable {
       const received = describeValue(event)
       throw new EpmoeError({ code: 'ERR_VALUE', op: 'Stream.wait', argument: 'event', expected: 'an Event', received })
     }
-    native().stream.waitEvent(this.#id, this.address, event.number('Stream.wait'))
+    native().stream.waitEvent(this.id, this.address, event.number('Stream.wait'))
   }
 
   /** Waits for the stream and destroys it, when it is one that create() made. Harmless when repeated. */
   dispose(): void {
     const address = this.#address
     this.#address = undefined
-    if (address !== undefined && this.#owned) native().stream.destroy(this.#id, address)
+    if (address !== undefined && this.#owned) native().stream.destroy(this.id, address)
   }
 
   [Symbol.dispose](): void {

@@ -147,6 +147,11 @@ void release(DLDevice where, void *data) {
 
 void copy(void *dst, DLDevice dst_device, const void *src, DLDevice src_device, size_t nbytes, void *stream) {
   if (const Capture *capture = current_capture()) {
+    const auto elsewhere = [&](DLDevice where) { return on_gpu(where) && where.device_id != capture->device_id; };
+    if (elsewhere(dst_device) || elsewhere(src_device)) {
+      fail(EPMOE_ERR_CAPTURE, "tensor", "tensors on the captured stream's GPU or in page-locked memory",
+           "one on another GPU", "Copy before or after the capture");
+    }
     if (stream != capture->stream || dst_device.device_type == kDLCPU || src_device.device_type == kDLCPU) {
       fail(EPMOE_ERR_CAPTURE, "tensor", "a copy on the captured stream, of tensors on GPUs or in page-locked memory",
            stream != capture->stream ? "one on another stream" : "one of pageable memory",
@@ -240,12 +245,12 @@ extern "C" epmoe_status epmoe_stream_foreign(int32_t device_id, void **out) {
   return guarded([&] { *out = epmoe::foreign_stream(device_id); });
 }
 
-extern "C" epmoe_status epmoe_stream_wait(int32_t device_id, void *stream, void *awaited) {
+extern "C" epmoe_status epmoe_stream_wait(int32_t device_id, void *stream, int32_t awaited_device_id, void *awaited) {
   return guarded([&] {
     using epmoe::cuda::Captured;
-    if (stream == awaited) return;
-    const DeviceGuard guard(device_id);
-    const Captured which = epmoe::cuda::captured(stream, awaited);
+    if (stream == awaited && device_id == awaited_device_id) return;
+    const Captured which = epmoe::cuda::captured(device_id, stream, awaited_device_id, awaited);
+    const DeviceGuard guard(awaited_device_id);
     if (which == Captured::kFirst && epmoe::cuda::idle(awaited)) return;
     if (which == Captured::kFirst || which == Captured::kSecond) {
       fail(EPMOE_ERR_CAPTURE, "stream", "work on one captured stream, or after all earlier work on its tensors",
@@ -256,7 +261,11 @@ extern "C" epmoe_status epmoe_stream_wait(int32_t device_id, void *stream, void 
     cudaEvent_t event = nullptr;
     expect_success(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
     const int recorded = cudaEventRecord(event, static_cast<cudaStream_t>(awaited));
-    const int waited = recorded == cudaSuccess ? cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), event, 0) : 0;
+    int waited = cudaSuccess;
+    if (recorded == cudaSuccess) {
+      const DeviceGuard waiting(device_id);
+      waited = cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), event, 0);
+    }
     cudaEventDestroy(event);  // released by CUDA once it has been reached
     expect_success(recorded, "recording an event");
     expect_success(waited, "waiting for an event");
@@ -268,7 +277,7 @@ extern "C" epmoe_status epmoe_stream_synchronize(int32_t device_id, void *stream
     epmoe::cuda::device(device_id);
     const DeviceGuard guard(device_id);
     // Asked of CUDA, waiting for a stream under capture would spoil the capture.
-    if (epmoe::cuda::captured(stream, stream) != epmoe::cuda::Captured::kNone) {
+    if (epmoe::cuda::is_captured(device_id, stream)) {
       fail(EPMOE_ERR_CAPTURE, "stream", "a stream that runs", "one that is being captured",
            "Wait after the capture, for a replay of the graph");
     }

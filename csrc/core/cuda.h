@@ -59,7 +59,8 @@ void refuse_in_capture(const char *what);
 // Which of two streams is being captured, by whomever: none, both into one graph, the first alone, or the second alone
 // or into another graph.
 enum class Captured { kNone, kTogether, kFirst, kSecond };
-Captured captured(void *first, void *second);
+Captured captured(int32_t first_device, void *first, int32_t second_device, void *second);
+bool is_captured(int32_t device_id, void *stream);
 
 // Throws Failure unless `code` is cudaSuccess.
 void expect_success(int code, const char *what);

@@ -37,7 +37,7 @@ extern "C" epmoe_status epmoe_stream_create(int32_t, void **) { return answer_ab
 extern "C" epmoe_status epmoe_stream_destroy(int32_t, void *) { return answer_absent(); }
 extern "C" epmoe_status epmoe_stream_own(int32_t, void **) { return answer_absent(); }
 extern "C" epmoe_status epmoe_stream_foreign(int32_t, void **) { return answer_absent(); }
-extern "C" epmoe_status epmoe_stream_wait(int32_t, void *, void *) { return answer_absent(); }
+extern "C" epmoe_status epmoe_stream_wait(int32_t, void *, int32_t, void *) { return answer_absent(); }
 extern "C" epmoe_status epmoe_stream_synchronize(int32_t, void *) { return answer_absent(); }
 extern "C" epmoe_status epmoe_check(int32_t) { return answer_absent(); }
 extern "C" epmoe_status epmoe_event_create(int32_t, int32_t, void **) { return answer_absent(); }

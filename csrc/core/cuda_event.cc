@@ -13,8 +13,8 @@ using epmoe::cuda::expect_success;
 cudaEvent_t as_event(void *event) { return static_cast<cudaEvent_t>(event); }
 
 // An event recorded inside a capture is part of the graph: nobody outside could wait for it.
-void require_running(void *stream) {
-  if (epmoe::cuda::captured(stream, stream) == epmoe::cuda::Captured::kNone) return;
+void require_running(int32_t device_id, void *stream) {
+  if (!epmoe::cuda::is_captured(device_id, stream)) return;
   epmoe::fail(EPMOE_ERR_CAPTURE, "stream", "a stream that runs", "one that is being captured",
               "Record and wait for events outside the capture, around replays of the graph");
 }
@@ -43,7 +43,7 @@ extern "C" void epmoe_event_destroy(int32_t device_id, void *event) {
 extern "C" epmoe_status epmoe_event_record(int32_t device_id, void *event, void *stream) {
   return guarded([&] {
     const DeviceGuard guard(device_id);
-    require_running(stream);
+    require_running(device_id, stream);
     expect_success(cudaEventRecord(as_event(event), static_cast<cudaStream_t>(stream)), "recording an event");
   });
 }
@@ -89,7 +89,7 @@ extern "C" epmoe_status epmoe_event_elapsed(int32_t device_id, void *begin, void
 extern "C" epmoe_status epmoe_stream_wait_event(int32_t device_id, void *stream, void *event) {
   return guarded([&] {
     const DeviceGuard guard(device_id);
-    require_running(stream);
+    require_running(device_id, stream);
     expect_success(cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), as_event(event), 0), "waiting for an event");
   });
 }

@@ -25,8 +25,9 @@ namespace {
 thread_local Capture capture;
 thread_local bool capturing = false;
 
-// 0: not captured.
-unsigned long long capture_id(void *stream) {
+// 0: not captured. The default stream is another one on each device.
+unsigned long long capture_id(int32_t device_id, void *stream) {
+  const DeviceGuard guard(device_id);
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   unsigned long long id = 0;
   const cudaError_t code = cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &id);
@@ -46,7 +47,7 @@ void begin(int32_t device_id, void *stream) {
   }
   own_stream(device_id);  // what the device needs is made before the capture
   const DeviceGuard guard(device_id);
-  if (capture_id(stream) != 0) {
+  if (is_captured(device_id, stream)) {
     fail(EPMOE_ERR_CAPTURE, "stream", "a stream that runs", "one that is being captured already",
          "Capture on a stream of its own");
   }
@@ -85,9 +86,11 @@ void refuse_in_capture(const char *what) {
   fail(EPMOE_ERR_CAPTURE, "", "work that a CUDA graph can hold", what, "Do it before or after the capture");
 }
 
-Captured captured(void *first, void *second) {
-  const unsigned long long a = capture_id(first);
-  const unsigned long long b = first == second ? a : capture_id(second);
+bool is_captured(int32_t device_id, void *stream) { return capture_id(device_id, stream) != 0; }
+
+Captured captured(int32_t first_device, void *first, int32_t second_device, void *second) {
+  const unsigned long long a = capture_id(first_device, first);
+  const unsigned long long b = capture_id(second_device, second);
   if (a == b) return a == 0 ? Captured::kNone : Captured::kTogether;
   return b == 0 ? Captured::kFirst : Captured::kSecond;
 }

@@ -28,7 +28,7 @@ extern "C" {
 #endif
 
 /* Raised when a struct or a function below changes incompatibly; callers compare it with epmoe_abi_version(). */
-#define EPMOE_ABI_VERSION 1
+#define EPMOE_ABI_VERSION 2
 EPMOE_API int32_t epmoe_abi_version(void);
 /* The package's version, e.g. "0.1.0". */
 EPMOE_API const char *epmoe_version(void);
@@ -210,9 +210,10 @@ EPMOE_API epmoe_status epmoe_stream_destroy(int32_t device_id, void *stream);
 EPMOE_API epmoe_status epmoe_stream_own(int32_t device_id, void **out);
 /* The framework's current stream there; EPMOE_ERR_VALUE without an exchange table. */
 EPMOE_API epmoe_status epmoe_stream_foreign(int32_t device_id, void **out);
-/* Makes work launched on `stream` from now on wait for what `awaited` holds now. Blocks nobody. A stream that is being
- * captured, by whomever, can wait for no other: EPMOE_ERR_CAPTURE, unless that other has nothing left to do. */
-EPMOE_API epmoe_status epmoe_stream_wait(int32_t device_id, void *stream, void *awaited);
+/* Makes work launched on `stream`, of `device_id`, from now on wait for what `awaited` holds now. Blocks nobody. A
+ * stream that is being captured, by whomever, can wait for no other: EPMOE_ERR_CAPTURE, unless that other has nothing
+ * left to do. */
+EPMOE_API epmoe_status epmoe_stream_wait(int32_t device_id, void *stream, int32_t awaited_device_id, void *awaited);
 /* Waits for the stream, then behaves as epmoe_check(). Blocks the calling thread. */
 EPMOE_API epmoe_status epmoe_stream_synchronize(int32_t device_id, void *stream);
 /* Takes the first index error that kernels finished so far on this device have reported, if any, and clears it. */

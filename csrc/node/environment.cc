@@ -69,7 +69,7 @@ bool Environment::erase(double handle, bool detach) {
   return true;
 }
 
-void Environment::follow(TensorRecord &record, void *stream) {
+void Environment::follow(TensorRecord &record, StreamRef stream) {
   if (recording != nullptr) {
     if (record.foreign && !has_exchange()) {
       raise("ERR_CAPTURE", "Graph.capture", "tensor", "a torch that tells its stream in C, or tensors of epmoe's own",
@@ -80,26 +80,37 @@ void Environment::follow(TensorRecord &record, void *stream) {
     recording->foreign |= record.foreign;
     return;
   }
-  if (record.stream_known && record.stream != stream) {
-    require(epmoe_stream_wait(record.dl.device.device_id, stream, record.stream));
-  }
+  if (record.stream.known()) wait(stream, record.stream);
   record.stream = stream;
-  record.stream_known = true;
 }
 
-void *Environment::home_stream(const TensorRecord &record) {
-  if (record.stream_known) return record.stream;
-  void *stream = nullptr;
+void Environment::wait(StreamRef stream, StreamRef awaited) {
+  if (stream == awaited) return;
+  require(epmoe_stream_wait(stream.device_id, stream.address, awaited.device_id, awaited.address));
+}
+
+StreamRef Environment::home_stream(const TensorRecord &record) {
   const int32_t device_id = record.dl.device.device_id;
-  require(record.foreign && has_exchange() ? epmoe_stream_foreign(device_id, &stream)
-                                           : epmoe_stream_own(device_id, &stream));
+  if (record.stream.device_id == device_id) return record.stream;
+  return record.foreign && has_exchange() ? foreign_stream(device_id) : own_stream(device_id);
+}
+
+StreamRef Environment::foreign_stream(int32_t device_id) {
+  StreamRef stream{device_id};
+  require(epmoe_stream_foreign(device_id, &stream.address));
   return stream;
 }
 
-void Environment::forget_stream(int32_t device_id, void *stream) {
-  require(epmoe_stream_synchronize(device_id, stream));
+StreamRef Environment::own_stream(int32_t device_id) {
+  StreamRef stream{device_id};
+  require(epmoe_stream_own(device_id, &stream.address));
+  return stream;
+}
+
+void Environment::forget_stream(StreamRef stream) {
+  require(epmoe_stream_synchronize(stream.device_id, stream.address));
   for (Slot &slot : slots_) {
-    if (slot.record && slot.record->stream_known && slot.record->stream == stream) slot.record->stream_known = false;
+    if (slot.record && slot.record->stream == stream) slot.record->stream = {};
   }
 }
 

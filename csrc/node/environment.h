@@ -21,7 +21,7 @@ constexpr int kMaxValues = 24;
 // One call's arguments, written by JavaScript into shared memory: cheaper than passing them one by one.
 struct Frame {
   double word[kMaxValues + 1];   // handle, object address, number; the last one is the stream
-  int32_t kind[kMaxValues + 1];  // FrameKind; the last one is the stream mode
+  int32_t kind[kMaxValues + 1];  // FrameKind; the last one is 0, or 1 + the device of the stream
   int32_t op;                    // index in the op table
 };
 enum FrameKind { kNone = 0, kHandle, kObject, kInteger, kReal };
@@ -65,6 +65,15 @@ struct Outbox {
   bool closed = false;  // the environment is gone, and its references with it
 };
 
+// A CUDA stream; the default one has the same address on every device.
+struct StreamRef {
+  int32_t device_id = -1;  // -1: none
+  void *address = nullptr;
+
+  bool known() const { return device_id >= 0; }
+  bool operator==(const StreamRef &other) const { return device_id == other.device_id && address == other.address; }
+};
+
 struct TensorRecord {
   std::shared_ptr<Storage> storage;
   std::vector<int64_t> shape, strides;
@@ -72,8 +81,7 @@ struct TensorRecord {
   bool foreign = false;  // memory of the framework behind the exchange table
   // The stream of the last work on this tensor. Work on another stream waits for it first, so a tensor may wander
   // between epmoe's streams and the framework's without anybody having to think of it.
-  void *stream = nullptr;
-  bool stream_known = false;
+  StreamRef stream;
   napi_ref buffer = nullptr;  // weak: the ArrayBuffer handed out over this tensor
   double handle = 0;
 };
@@ -92,8 +100,7 @@ struct Event {
 // The tensors that the work of a graph uses: their memory, which the graph keeps, and their handles, by which replays
 // are ordered with other work on them for as long as the tensors live.
 struct Recording {
-  int32_t device_id = 0;
-  void *stream = nullptr;
+  StreamRef stream;      // the captured one
   bool foreign = false;  // some memory is the framework's
   std::map<const Storage *, std::shared_ptr<Storage>> storages;
   std::set<double> handles;
@@ -116,11 +123,16 @@ class Environment {
 
   // `stream` waits for earlier work on the tensor, and becomes the stream of its latest work. CUDA tensors only. While
   // a graph is captured the tensor is noted instead, for the replays to do this.
-  void follow(TensorRecord &record, void *stream);
+  void follow(TensorRecord &record, StreamRef stream);
+  // `stream` waits for what `awaited` holds now.
+  void wait(StreamRef stream, StreamRef awaited);
   // The stream that work on this tensor belongs to when nobody says otherwise.
-  void *home_stream(const TensorRecord &record);
+  StreamRef home_stream(const TensorRecord &record);
+  // The framework's current stream of a device, or epmoe's own.
+  StreamRef foreign_stream(int32_t device_id);
+  StreamRef own_stream(int32_t device_id);
   // Called before a stream is destroyed: waits for it, and forgets it in every tensor.
-  void forget_stream(int32_t device_id, void *stream);
+  void forget_stream(StreamRef stream);
 
   // Calls that were prepared, by number; a number is not used again.
   struct Prepared {

@@ -4,14 +4,14 @@
 namespace epmoe::node {
 namespace {
 
-void *stream_of_number(double number) { return reinterpret_cast<void *>(static_cast<uintptr_t>(number)); }
+void *address_of(double number) { return reinterpret_cast<void *>(static_cast<uintptr_t>(number)); }
 
 // Between construction and end() the calls of this thread are captured. However a body comes to its end, a worker's
 // termination included, the stream is left as it was.
 class Capture {
  public:
   Capture(Environment &environment, Recording &recording) : environment_(environment) {
-    environment.require(epmoe_capture_begin(recording.device_id, recording.stream));
+    environment.require(epmoe_capture_begin(recording.stream.device_id, recording.stream.address));
     environment.recording = &recording;
   }
   ~Capture() {
@@ -40,8 +40,7 @@ Napi::Value capture(const Napi::CallbackInfo &info) {
                       "End the outer one first");
   }
   Environment::Graph graph;
-  graph.used.device_id = info[0].As<Napi::Number>().Int32Value();
-  graph.used.stream = stream_of_number(info[1].As<Napi::Number>().DoubleValue());
+  graph.used.stream = {info[0].As<Napi::Number>().Int32Value(), address_of(info[1].As<Napi::Number>().DoubleValue())};
   Capture running(environment, graph.used);
   const Napi::Value result = info[2].As<Napi::Function>().Call({});
   if (result.IsPromise()) {
@@ -56,7 +55,7 @@ Napi::Value capture(const Napi::CallbackInfo &info) {
 
 // As an op would: after earlier work on the tensors, whichever streams it is on, and before later work on them. torch's
 // own work on its tensors is on torch's current stream.
-void replay_graph(Environment &environment, double number, void *stream) {
+void replay_graph(Environment &environment, double number, void *address) {
   const auto found = environment.graphs.find(number);
   if (found == environment.graphs.end()) {
     environment.raise("ERR_DISPOSED", "Graph", "", "a live graph", "a disposed one", "Keep it until its last replay");
@@ -66,16 +65,15 @@ void replay_graph(Environment &environment, double number, void *stream) {
                       "Do it before or after the capture");
   }
   const Environment::Graph &graph = found->second;
-  const int32_t device_id = graph.used.device_id;
-  void *framework = stream;
-  if (graph.used.foreign) environment.require(epmoe_stream_foreign(device_id, &framework));
-  if (framework != stream) environment.require(epmoe_stream_wait(device_id, stream, framework));
+  const StreamRef stream{graph.used.stream.device_id, address};
+  const StreamRef framework = graph.used.foreign ? environment.foreign_stream(stream.device_id) : stream;
+  environment.wait(stream, framework);
   for (const double handle : graph.used.handles) {
     TensorRecord *record = environment.find(handle);
     if (record != nullptr && record->dl.device.device_type == kDLCUDA) environment.follow(*record, stream);
   }
-  environment.require(epmoe_graph_replay(graph.graph.get(), stream));
-  if (framework != stream) environment.require(epmoe_stream_wait(device_id, framework, stream));
+  environment.require(epmoe_graph_replay(graph.graph.get(), address));
+  environment.wait(framework, stream);
 }
 
 // (number, stream), in the bare C interface: it stands beside a launch that takes two microseconds.
@@ -89,7 +87,7 @@ napi_value replay(napi_env env, napi_callback_info info) {
   napi_get_value_double(env, arguments[0], &number);
   napi_get_value_double(env, arguments[1], &stream);
   try {
-    replay_graph(*static_cast<Environment *>(data), number, stream_of_number(stream));
+    replay_graph(*static_cast<Environment *>(data), number, address_of(stream));
   } catch (const Napi::Error &error) {
     error.ThrowAsJavaScriptException();
   } catch (const std::exception &error) {

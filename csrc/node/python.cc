@@ -140,8 +140,7 @@ Napi::Value adopt(Environment &environment, Managed *managed) {
                       "Convert it with to() first");
   }
   if (record->dl.device.device_type == kDLCUDA && has_exchange()) {
-    environment.require(epmoe_stream_foreign(record->dl.device.device_id, &record->stream));
-    record->stream_known = true;
+    record->stream = environment.foreign_stream(record->dl.device.device_id);
   }
   return describe(environment, environment.insert(std::move(record)));
 }
@@ -231,10 +230,8 @@ void put_in_inbox(PyObject *object) {
 void follow_framework(Environment &environment, TensorRecord &record) {
   if (record.dl.device.device_type != kDLCUDA) return;
   const int32_t device_id = record.dl.device.device_id;
-  if (!has_exchange()) return environment.require(epmoe_stream_synchronize(device_id, environment.home_stream(record)));
-  void *current = nullptr;
-  environment.require(epmoe_stream_foreign(device_id, &current));
-  environment.follow(record, current);
+  if (has_exchange()) return environment.follow(record, environment.foreign_stream(device_id));
+  environment.require(epmoe_stream_synchronize(device_id, environment.home_stream(record).address));
 }
 
 // (handle): leaves a torch.Tensor over the same memory in the inbox, by the exchange table.

@@ -84,7 +84,7 @@ void synchronize_sync(const Napi::CallbackInfo &info) {
 }
 
 void destroy(const Napi::CallbackInfo &info) {
-  Environment::of(info.Env()).forget_stream(device_argument(info), stream_argument(info));
+  Environment::of(info.Env()).forget_stream({device_argument(info), stream_argument(info)});
   Environment::of(info.Env()).require(epmoe_stream_destroy(device_argument(info), stream_argument(info)));
 }
 
