@@ -74,6 +74,25 @@ Device &device(int32_t device_id) {
 
 bool on_gpu(DLDevice where) { return where.device_type == kDLCUDA; }
 
+// Failures of a kernel after which CUDA answers every call of the process with the same error.
+bool ends_context(cudaError_t error) {
+  switch (error) {
+    case cudaErrorAssert:
+    case cudaErrorIllegalAddress:
+    case cudaErrorIllegalInstruction:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorInvalidAddressSpace:
+    case cudaErrorInvalidPc:
+    case cudaErrorHardwareStackError:
+    case cudaErrorLaunchFailure:
+    case cudaErrorLaunchTimeout:
+    case cudaErrorECCUncorrectable:
+      return true;
+    default:
+      return false;
+  }
+}
+
 bool idle(void *stream) {
   const OutsideCapture outside;
   const cudaError_t state = cudaStreamQuery(static_cast<cudaStream_t>(stream));
@@ -101,6 +120,13 @@ void expect_success(int code, const char *what) {
   if (error >= cudaErrorStreamCaptureUnsupported && error <= cudaErrorStreamCaptureWrongThread) {
     fail(EPMOE_ERR_CAPTURE, "", std::string("something else than ") + what + " while a stream is captured", received,
          "Do it before or after the capture, which is lost");
+  }
+  if (ends_context(error)) {
+    fail(
+        EPMOE_ERR_CUDA_LOST, "", std::string("success in ") + what, received,
+        "A kernel that ran earlier failed, of whichever library, and the CUDA context of this process is lost with all "
+        "GPU memory: end the process and start another. compute-sanitizer, or CUDA_LAUNCH_BLOCKING=1, finds the "
+        "kernel");
   }
   fail(EPMOE_ERR_CUDA, "", std::string("success in ") + what, received,
        "Earlier asynchronous work may be the cause: run under compute-sanitizer to find it");

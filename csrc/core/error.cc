@@ -25,6 +25,7 @@ constexpr const char *kCodes[EPMOE_STATUS_COUNT] = {
     "ERR_CAPTURE",
     "ERR_NO_CUDA",
     "ERR_CUDA",
+    "ERR_CUDA_LOST",
     "ERR_OUT_OF_MEMORY",
     "ERR_INTERNAL",
 };

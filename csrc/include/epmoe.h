@@ -58,6 +58,7 @@ enum {
   /* the machine */
   EPMOE_ERR_NO_CUDA,
   EPMOE_ERR_CUDA,
+  EPMOE_ERR_CUDA_LOST, /* a kernel failed: nothing of this process works on the GPU any more */
   EPMOE_ERR_OUT_OF_MEMORY,
   /* ours: a bug in epmoe, please report it */
   EPMOE_ERR_INTERNAL,
