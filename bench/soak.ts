@@ -3,8 +3,11 @@ import { setImmediate as turn } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
 import { Worker } from 'node:worker_threads'
 import {
+  type Device,
   devices,
   EpmoeError,
+  Event,
+  Graph,
   job,
   kw,
   moeLayer,
@@ -12,6 +15,7 @@ import {
   postReorder,
   preprocess,
   preReorder,
+  Stream,
   scope,
   siluAndMul,
   startPython,
@@ -47,7 +51,7 @@ export default async function soak(): Promise<void> {
     }
     await scope(() => load.asynchronous())
     if (samples.length % 5 === 0) {
-      await terminateWorker()
+      await terminateWorker(device)
       terminated++
     }
     const cuda = device === 'cpu' ? 0 : Number(torch.get('cuda').method('memory_allocated').toJS())
@@ -73,12 +77,12 @@ class Load {
   jobs = 0
   cancelled = 0
   readonly #python: ReturnType<typeof startPython>
-  readonly #device: string
+  readonly #device: Device
   readonly #work: PyRef
   readonly #layer: ReturnType<typeof moeLayer>
   readonly #weights: PyRef[]
 
-  constructor(python: ReturnType<typeof startPython>, torch: PyRef, device: string) {
+  constructor(python: ReturnType<typeof startPython>, torch: PyRef, device: Device) {
     this.#python = python
     this.#device = device
     this.#work = python.exec(`
@@ -100,7 +104,7 @@ def product(x): return (x @ x.T).sum().item()
   /** A few dozen calls of every kind that is synchronous: ops, exchanges both ways, conversions, errors. */
   mixed(): void {
     const [T, K, H, E] = [1 + (this.calls % 13), 4, 32, 8]
-    const device = this.#device as 'cpu'
+    const device = this.#device
     const options = kw({ device, dtype: this.#torch.get('bfloat16') })
     const x = this.#torch.method('randn', T, H, options)
     const topkIds = this.#torch.method('randint', 0, E, [T, K], kw({ device }))
@@ -118,6 +122,8 @@ def product(x): return (x @ x.T).sum().item()
       siluAndMul({ gateupOutput: rows, downInput: half })
       postReorder({ downOutput: rows, output: sum, src2dst, topkIds: ids, topkWeights })
     }
+    if (this.#device !== 'cpu')
+      this.#onStreams(() => postReorder({ downOutput: rows, output: sum, src2dst, topkIds: ids, topkWeights }))
     const back = sum.toTorch() as PyRef
     const same = this.#python.eval('(a.float() - b.float()).abs().sum().isfinite().item()', { a: back, b: out })
     if (same.toJS() !== true) throw new Error('a result that is not finite')
@@ -125,6 +131,25 @@ def product(x): return (x @ x.T).sum().item()
     this.#mistake(() => this.#work.method('fails'))
     this.#mistake(() => x.method('view', 3, 5, 7, 11))
     this.calls += 80 + 12
+  }
+
+  /** What only a GPU has: a graph on a stream of its own, events between it and torch's, an index out of range. */
+  #onStreams(body: () => void): void {
+    using stream = Stream.create(this.#device)
+    using graph = Graph.capture(stream, body)
+    using event = Event.create(this.#device)
+    stream.wait(event.record(Stream.torchCurrent(this.#device)))
+    for (let i = 0; i < 10; i++) graph.replay()
+    Stream.torchCurrent(this.#device).wait(event.record(stream))
+    const wrong = Tensor.from(new Int32Array([9])).to(this.#device)
+    const row = Tensor.zeros([1, 8], { device: this.#device })
+    const one = Tensor.from(new Float32Array([1]), [1, 1]).to(this.#device)
+    const output = Tensor.empty([1, 8], { device: this.#device })
+    this.#mistake(() => {
+      postReorder({ downOutput: row, output, src2dst: wrong, topkWeights: one, stream })
+      stream.synchronizeSync()
+    })
+    this.calls += 12
   }
 
   #mistake(call: () => unknown): void {
@@ -142,7 +167,7 @@ def product(x): return (x @ x.T).sum().item()
   async asynchronous(): Promise<void> {
     const all: Promise<unknown>[] = []
     for (let i = 0; i < 30; i++) {
-      all.push(this.#work.methodAsync('product', Tensor.zeros([64, 64])))
+      all.push(this.#work.methodAsync('product', Tensor.zeros([64, 64], { device: this.#device })))
       all.push(this.#work.methodAsync('fails').catch((error: unknown) => error))
       all.push(
         this.#work
@@ -168,8 +193,8 @@ def product(x): return (x @ x.T).sum().item()
 }
 
 /** A worker that is ended in the middle of its calls. */
-async function terminateWorker(): Promise<void> {
-  const each = new Worker(worker, { workerData: { mode: 'kernels', calls: 1e9, seed: 1 }, execArgv: [] })
+async function terminateWorker(device: Device): Promise<void> {
+  const each = new Worker(worker, { workerData: { mode: 'kernels', calls: 1e9, seed: 1, device }, execArgv: [] })
   await new Promise((resolve, reject) => each.once('message', resolve).once('error', reject))
   await each.terminate()
 }

@@ -1,3 +1,4 @@
+import { parseDevice } from './device.js'
 import { camelCase, describeValue, EpmoeError } from './errors.js'
 import { pythonAddress, torchBridge } from './foreign.js'
 import { native, type OpInfo } from './native.js'
@@ -189,8 +190,9 @@ export class Op {
   #useTorchStream(tensors: Tensor[]): void {
     const gpu = tensors.find((tensor) => tensor.device !== 'cpu')
     if (gpu === undefined) return
-    words[streamSlot] = torchBridge(this.name).currentStream(Number(gpu.device.slice('cuda:'.length)))
-    kinds[streamSlot] = 1
+    const { id } = parseDevice(gpu.device, this.name)
+    words[streamSlot] = torchBridge(this.name).currentStream(id)
+    kinds[streamSlot] = 1 + id
   }
 
   #unexpected(args: object): void {
@@ -221,7 +223,7 @@ export class Op {
 }
 
 function useStream(stream: Stream | undefined): void {
-  kinds[streamSlot] = stream === undefined ? 0 : 1
+  kinds[streamSlot] = stream === undefined ? 0 : 1 + stream.id
   if (stream !== undefined) words[streamSlot] = stream.address
 }
 

@@ -4,6 +4,7 @@ export { cpuThreads, deviceFacts, devices, setCpuThreads } from './device.js'
 export type { DType, TypedArray } from './dtype.js'
 export { EpmoeError, PythonError } from './errors.js'
 export * from './generated/ops.js'
+export { Graph } from './graph.js'
 export {
   isMigrated,
   type ScanBlocker,
@@ -36,5 +37,5 @@ export {
 } from './ranks/expert-parallel.js'
 export { type JoinOptions, joinRanks, type RankGroup } from './ranks/group.js'
 export { scope } from './scope.js'
-export { Stream } from './stream.js'
+export { Event, type EventOptions, Stream } from './stream.js'
 export { type Count, type Protocol, stats, Tensor, type TensorOptions } from './tensor.js'

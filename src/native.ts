@@ -1,6 +1,6 @@
 import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
-import { join } from 'node:path'
+import { join, resolve } from 'node:path'
 import { env } from './env.js'
 import { EpmoeError, nativeError } from './errors.js'
 import { packageRoot } from './package-root.js'
@@ -97,6 +97,22 @@ export interface Native {
     destroy(deviceId: number, stream: number): void
     synchronize(deviceId: number, stream: number): Promise<void>
     synchronizeSync(deviceId: number, stream: number): void
+    waitEvent(deviceId: number, stream: number, event: number): void
+  }
+  event: {
+    create(deviceId: number, timed: boolean): number
+    forget(event: number): void
+    record(event: number, stream: number): void
+    query(event: number): boolean
+    synchronize(event: number): Promise<void>
+    synchronizeSync(event: number): void
+    elapsed(begin: number, end: number): number
+  }
+  graph: {
+    /** Runs `body` while the stream is captured; returns the graph's number. */
+    capture(deviceId: number, stream: number, body: () => unknown): number
+    replay(graph: number, stream: number): void
+    forget(graph: number): void
   }
   device: {
     cudaCompiled: boolean
@@ -133,7 +149,7 @@ let loaded: Native | undefined
 
 /** The folder of epmoe.node and libepmoe. */
 export function nativeFolder(): string {
-  return env.nativeFolder ?? join(packageRoot, 'build', 'Release')
+  return resolve(env.nativeFolder ?? join(packageRoot, 'build', 'Release'))
 }
 
 /** The addon, loaded on first use. */

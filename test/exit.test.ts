@@ -2,6 +2,7 @@ import { spawn } from 'node:child_process'
 import { fileURLToPath } from 'node:url'
 import test from 'ava'
 import { inParallel } from './helpers/in-parallel.js'
+import { torchGpu } from './helpers/python.js'
 
 const root = fileURLToPath(new URL('..', import.meta.url))
 
@@ -29,6 +30,9 @@ def spin():
 def multiply(seconds=30):
     a, end = torch.ones(400, 400, requires_grad=True), time.monotonic() + seconds
     while time.monotonic() < end: (a @ a).sum().backward()
+def multiply_on_gpu():
+    a = torch.ones(2000, 2000, device="cuda", requires_grad=True)
+    while True: (a @ a).sum().backward(); torch.cuda.synchronize()
 def later(seconds):
     time.sleep(seconds)
     print("later is over")
@@ -77,6 +81,28 @@ const loads: Record<string, { start: string; finishes: boolean }> = {
     start: `globalThis.kept = [Tensor.fromTorch(torch.method('ones', 5)), Tensor.zeros([5]).toTorch()];`,
     finishes: true,
   },
+  ...(torchGpu === undefined
+    ? {}
+    : {
+        'work on the GPU under way, with graphs, events and tensors of either side': {
+          start: `
+            const { Event, Graph, postReorder, Stream } = await import('epmoe')
+            const { validCall } = await import('./test/helpers/call.ts')
+            const call = validCall('${torchGpu}')
+            const stream = Stream.create('${torchGpu}')
+            const graph = Graph.capture(stream, () => postReorder(call))
+            python.eval('torch.cuda._sleep(200_000_000)', { torch }).dispose()
+            stream.wait(Event.create('${torchGpu}').record(Stream.torchCurrent('${torchGpu}')))
+            graph.replay()
+            stream.synchronize().catch(() => {})
+            globalThis.kept = [call, graph, call.output.toTorch(), Tensor.fromTorch(python.eval('torch.ones(5, device="cuda")', { torch }))];`,
+          finishes: true,
+        },
+        'a job that keeps the GPU busy': {
+          start: `m.methodAsync('multiply_on_gpu').catch(() => {}); await tick(500);`,
+          finishes: false,
+        },
+      }),
   'an ordinary thread': { start: `m.method('thread', m.get('later'), false, 0.3);`, finishes: true },
 }
 
@@ -117,6 +143,16 @@ for (const [load, { start, finishes }] of Object.entries(loads)) {
     })
   }
 }
+
+test('a SIGINT handler is called while a job runs, and may go on', async (t) => {
+  t.timeout(240_000)
+  const body = `process.on('SIGINT', () => { console.log('interrupted'); job.then(() => process.exit(8)) })
+    const job = m.methodAsync('later', 1); await tick(50); console.log('READY'); await tick(1e6)`
+  const result = await inParallel(() => run(body, 'SIGINT'))
+  t.is(result.code, 8, JSON.stringify(result))
+  t.regex(result.stdout, /interrupted[\s\S]*later is over/)
+  t.regex(result.stdout, /atexit ran/)
+})
 
 test('a SIGTERM handler that exits runs Python’s end as well', async (t) => {
   t.timeout(240_000)

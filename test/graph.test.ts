@@ -1,7 +1,9 @@
-import test from 'ava'
+import test, { type ExecutionContext } from 'ava'
 import {
+  EpmoeError,
   epGather,
   epScatter,
+  Graph,
   geluAndMul,
   kw,
   moeSumReduce,
@@ -9,13 +11,17 @@ import {
   postReorder,
   preprocess,
   preReorder,
+  Stream,
   shuffleMulSum,
   siluAndMul,
+  stats,
+  Tensor,
 } from 'epmoe'
+import { on, overtakable, read, validCall, validResult } from './helpers/call.js'
 import { gpu } from './helpers/devices.js'
-import { evaluate, python, torch, valueOf } from './helpers/python.js'
+import { evaluate, python, torch, torchGpu, valueOf } from './helpers/python.js'
 
-const gpuTest = gpu === undefined ? test.skip : test
+const torchTest = torchGpu === undefined ? test.skip : test
 
 /** Every tensor of a run through all ops, in torch's memory; the inputs are drawn by `draw`. */
 class Path {
@@ -147,11 +153,37 @@ class Path {
   }
 }
 
-for (const [T, K, E] of [
+/** Whether a replay does to new inputs what a run does, for which it must have written every output. */
+function replaysAsItRuns(t: ExecutionContext, path: Path, replay: () => void): void {
+  for (const seed of [2, 3]) {
+    path.draw(seed)
+    const untouched = path.digest()
+    replay()
+    const replayed = path.digest()
+    path.draw(seed)
+    path.run()
+    t.deepEqual(replayed, path.digest())
+    for (const [name, sum] of Object.entries(replayed)) t.not(sum, untouched[name], `${name} was not written`)
+  }
+}
+
+/** The code of the EpmoeError that is thrown, or whatever else is. */
+function codeOf(body: () => unknown): unknown {
+  try {
+    body()
+    return 'no error'
+  } catch (error) {
+    return error instanceof EpmoeError ? error.code : error
+  }
+}
+
+const sizes = [
   [5, 4, 16],
   [1500, 8, 64],
-] as const) {
-  gpuTest(`every op captures into a CUDA graph from TypeScript and replays on new inputs, T = ${T}`, (t) => {
+] as const
+
+for (const [T, K, E] of sizes) {
+  torchTest(`every op captures into a CUDA graph from TypeScript and replays on new inputs, T = ${T}`, (t) => {
     const path = new Path(T, K, E)
     path.draw(1)
     using graph = torch.get('cuda').method('CUDAGraph')
@@ -162,16 +194,225 @@ for (const [T, K, E] of [
     } finally {
       context.method('__exit__', null, null, null).dispose()
     }
-    for (const seed of [2, 3]) {
-      path.draw(seed)
-      const untouched = path.digest()
-      graph.method('replay').dispose()
-      const replayed = path.digest()
-      path.draw(seed)
-      path.run()
-      t.deepEqual(replayed, path.digest())
-      for (const [name, sum] of Object.entries(replayed)) t.not(sum, untouched[name], `${name} was not written`)
-    }
+    replaysAsItRuns(t, path, () => graph.method('replay').dispose())
     torch.get('cuda').method('synchronize', kw({})).dispose()
+  })
+
+  torchTest(`Graph captures every op and replays on new inputs, T = ${T}`, (t) => {
+    const path = new Path(T, K, E)
+    path.draw(1)
+    using stream = Stream.create(torchGpu)
+    using graph = Graph.capture(stream, () => path.run())
+    // torch draws and reads on its own stream: the replay is ordered after one and before the other.
+    replaysAsItRuns(t, path, () => graph.replay())
+    replaysAsItRuns(t, path, () => graph.replay(Stream.torchCurrent(torchGpu)))
+  })
+}
+
+test('the CPU has no graphs, and says so', (t) => {
+  for (const stream of ['cpu', undefined, { device: 'cpu', address: 0 }]) {
+    const error = t.throws(() => Graph.capture(stream as never, () => t.fail()), { instanceOf: EpmoeError })
+    t.is(error?.code, 'ERR_VALUE')
+    t.is(error?.argument, 'stream')
+    t.regex(error?.hint ?? '', /CPU/)
+  }
+})
+
+if (gpu !== undefined) {
+  const device = gpu
+  test('a graph keeps the memory of its tensors, and needs neither them nor its prepared calls', (t) => {
+    using stream = Stream.create(device)
+    const { output, ...inputs } = validCall(device)
+    const kept = postReorder.prepare({ ...inputs, output })
+    const graph = Graph.capture(stream, () => kept.run())
+    t.deepEqual(read(output), new Array(24).fill(Number.NaN), 'capturing runs nothing')
+    kept.dispose()
+    const held = stats().cuda.bytes
+    for (const each of Object.values(inputs)) if (each instanceof Tensor) each.dispose()
+    t.is(stats().cuda.bytes, held)
+    // What is allocated now must not be given memory of the graph's.
+    const others = [1, 2, 3, 4].map(() => on(device, new Float32Array(48).fill(9), [48]))
+    graph.replay()
+    t.deepEqual(read(output), validResult())
+    for (const other of others) other.dispose()
+    graph.dispose()
+    graph.dispose()
+    t.true(stats().cuda.bytes < held)
+    t.is(
+      codeOf(() => graph.replay()),
+      'ERR_DISPOSED',
+    )
+    t.regex(String(graph), /disposed/)
+  })
+
+  test('a replay comes after earlier work on its tensors and before later work on them, on any stream', (t) => {
+    using first = Stream.create(device)
+    using second = Stream.create(device)
+    using third = Stream.create(device)
+    const { zeros, slow, move, least } = overtakable(device)
+    const [empty, before, between, after] = [zeros(), zeros(), zeros(), zeros()] as const
+    using graph = Graph.capture(second, () => move(before, between))
+    for (let round = 0; round < 5; round++) {
+      for (const each of [before, between, after]) each.copyFrom(empty)
+      slow(before, first)
+      graph.replay()
+      move(between, after, third)
+      t.is(least(after), 4)
+    }
+  })
+
+  test('copies between GPU and pinned memory are part of a graph, and so is a tensor made in its body', async (t) => {
+    using stream = Stream.create(device)
+    const { output, ...call } = validCall(device)
+    const host = Tensor.empty([3, 8], { pinned: true })
+    using graph = Graph.capture(stream, () => {
+      using inner = Tensor.empty([3, 8], { device })
+      postReorder({ ...call, output: inner })
+      output.copyFrom(inner)
+      host.copyFrom(output)
+    })
+    graph.replay()
+    await stream.synchronize()
+    t.deepEqual(Array.from(host.data as Float32Array), validResult())
+  })
+
+  // Serial: whoever waits for the GPU first hears of the index.
+  test.serial('an index out of range is reported after each replay', async (t) => {
+    using stream = Stream.create(device)
+    const call = { ...validCall(device), src2dst: on(device, new Int32Array([5, 0, 4, 1, 3, 17]), [6]) }
+    using graph = Graph.capture(stream, () => postReorder(call))
+    await stream.synchronize()
+    for (let round = 0; round < 2; round++) {
+      graph.replay()
+      const error = await t.throwsAsync(stream.synchronize(), { instanceOf: EpmoeError })
+      t.is(error?.code, 'ERR_INDEX_OUT_OF_RANGE')
+      t.is(error?.received, '17 at token 2, slot 1')
+    }
+    call.src2dst.copyFrom(on(device, new Int32Array([5, 0, 4, 1, 3, 2]), [6]))
+    graph.replay()
+    await stream.synchronize()
+    t.deepEqual(read(call.output), validResult())
+  })
+
+  test('what a graph cannot hold is refused by name, and the capture goes on', (t) => {
+    using stream = Stream.create(device)
+    using other = Stream.create(device)
+    using earlier = Graph.capture(other, () => {})
+    const call = validCall(device)
+    const host = validCall('cpu')
+    const refused: Record<string, () => unknown> = {
+      'an op on the CPU': () => postReorder(host),
+      'an op on another stream': () => postReorder({ ...call, stream: other }),
+      'a blocking copy to the host': () => call.output.toHostSync(),
+      'a copy of pageable memory': () => call.output.copyFrom(host.output),
+      'a copy on the host': () => host.output.copyFrom(Tensor.zeros([3, 8])),
+      'waiting for the stream': () => stream.synchronizeSync(),
+      'waiting for another': () => other.synchronizeSync(),
+      'a capture within it': () => Graph.capture(other, () => {}),
+      'a replay': () => earlier.replay(),
+    }
+    const codes: Record<string, unknown> = {}
+    using graph = Graph.capture(stream, () => {
+      for (const [what, body] of Object.entries(refused)) codes[what] = codeOf(body)
+      postReorder(call)
+    })
+    t.deepEqual(codes, Object.fromEntries(Object.keys(refused).map((what) => [what, 'ERR_CAPTURE'])))
+    graph.replay()
+    t.deepEqual(read(call.output), validResult())
+    t.is(
+      codeOf(() => graph.replay('cuda' as never)),
+      'ERR_DEVICE',
+    )
+  })
+
+  test('an error in the body ends the capture, is thrown on, and harms nothing', async (t) => {
+    using stream = Stream.create(device)
+    const call = validCall(device)
+    const mistake = new RangeError('of the body')
+    const bodies: [() => unknown, unknown][] = [
+      [
+        () => {
+          postReorder(call)
+          throw mistake
+        },
+        mistake,
+      ],
+      [() => postReorder({ ...call, startExpertId: 5 }), 'ERR_VALUE'],
+      [async () => postReorder(call), 'ERR_CAPTURE'],
+      [() => call.output.toHostSync(), 'ERR_CAPTURE'],
+    ]
+    for (const [body, expected] of bodies) {
+      t.is(
+        codeOf(() => Graph.capture(stream, body)),
+        expected,
+      )
+      await stream.synchronize()
+      t.deepEqual(read(call.output), new Array(24).fill(Number.NaN))
+    }
+    using graph = Graph.capture(stream, () => postReorder(call))
+    graph.replay()
+    t.deepEqual(read(call.output), validResult())
+  })
+}
+
+if (torchGpu !== undefined) {
+  const device = torchGpu
+
+  test('torch’s stream is captured when it is a side stream, with torch’s work in place', (t) => {
+    t.is(
+      codeOf(() => Graph.capture(Stream.torchCurrent(device), () => {})),
+      'ERR_CAPTURE',
+      'the default stream cannot be',
+    )
+    const call = validCall(device)
+    const output = evaluate('torch.full((3, 8), float("nan"), device="cuda")')
+    using context = torch.get('cuda').method('stream', torch.get('cuda').method('Stream'))
+    context.method('__enter__').dispose()
+    let graph: Graph
+    try {
+      graph = Graph.capture(Stream.torchCurrent(device), () => {
+        postReorder({ ...call, output })
+        output.method('mul_', 2).dispose()
+      })
+    } finally {
+      context.method('__exit__', null, null, null).dispose()
+    }
+    // Replayed beside torch's current stream, which is the default one now, and waits.
+    graph.replay()
+    t.deepEqual(
+      valueOf('x.flatten().tolist()', { x: output }),
+      validResult().map((x) => 2 * x),
+    )
+    graph.dispose()
+  })
+
+  test('work that torch captures cannot wait for a stream that is not captured, and says so', async (t) => {
+    using busy = Stream.create(device)
+    const { zeros, slow } = overtakable(device)
+    const sums = zeros()
+    const [T = 0, H = 0] = sums.shape
+    const output = evaluate(`torch.empty(${T}, ${H}, dtype=torch.bfloat16, device="cuda")`)
+    const one = evaluate(`torch.arange(${T}, device="cuda")`)
+    const unit = evaluate(`torch.ones(${T}, 1, device="cuda")`)
+    const occupy = () => {
+      for (let i = 0; i < 50; i++) slow(sums, busy)
+    }
+    const capture = (begin: () => void): unknown => {
+      using graph = torch.get('cuda').method('CUDAGraph')
+      using context = torch.get('cuda').method('graph', graph)
+      context.method('__enter__').dispose() // waits for the device
+      try {
+        begin()
+        return codeOf(() => postReorder({ downOutput: sums, output, src2dst: one, topkWeights: unit }))
+      } finally {
+        context.method('__exit__', null, null, null).dispose()
+      }
+    }
+    t.is(capture(occupy), 'ERR_CAPTURE')
+    await busy.synchronize()
+    t.is(
+      capture(() => {}),
+      'no error',
+    )
   })
 }

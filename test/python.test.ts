@@ -1,3 +1,5 @@
+import { setFlagsFromString } from 'node:v8'
+import { runInNewContext } from 'node:vm'
 import test from 'ava'
 import { EpmoeError, float, kw, type PyRef, PythonError, startPython } from 'epmoe'
 import { evaluate, python, valueOf } from './helpers/python.js'
@@ -190,4 +192,93 @@ test('Triton kernels and spawned processes find their source and interpreter', (
 
 test('Python starts once', (t) => {
   t.is(startPython(), python)
+})
+
+test('containers that contain themselves, or are deeper than Python recurses, are refused', (t) => {
+  const cyclic: unknown[] = []
+  cyclic.push({ inner: cyclic })
+  let deep: unknown = 1
+  for (let i = 0; i < 5000; i++) deep = i % 2 === 0 ? [deep] : new Map([['x', deep]])
+  for (const x of [cyclic, deep]) {
+    t.is(t.throws(() => valueOf('x', { x }), { instanceOf: EpmoeError })?.code, 'ERR_PYTHON_ARGUMENT')
+  }
+  let within: unknown = 1
+  for (let i = 0; i < 150; i++) within = [within]
+  t.deepEqual(valueOf('x', { x: within }), within)
+  const error = t.throws(() => valueOf('(l := [], l.append(l), l)[-1]'), { instanceOf: PythonError })
+  t.is(error?.pythonType, 'RecursionError')
+})
+
+test('text with half a surrogate pair, and names that JavaScript treats specially, arrive as they are', (t) => {
+  t.is(valueOf('x', { x: 'a\ud800b' }), 'a\ud800b')
+  const special = JSON.parse('{"__proto__": 1, "$": ["box", 0], "toString": 2}') as Record<string, unknown>
+  t.deepEqual(valueOf('sorted(x)', { x: special }), ['$', '__proto__', 'toString'])
+  t.deepEqual(valueOf('x', { x: special }), special)
+})
+
+test('a thread that needs JavaScript while JavaScript waits for it gets an error instead of waiting forever', (t) => {
+  const bridge = python.import('epmoe._bridge')
+  bridge.set('patience', float(0.3))
+  const work = python.exec(`
+import threading, queue
+def joined(f):
+    errors = queue.Queue()
+    def run():
+        try: errors.put(f(1))
+        except BaseException as error: errors.put(str(error))
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return errors.get()
+`)
+  t.regex(work.method('joined', () => 5).toJS() as string, /neither could go on.*callAsync/)
+  bridge.set('patience', float(10))
+})
+
+test('the same from an asynchronous call works, and beside a synchronous one that ends', async (t) => {
+  const work = python.exec(`
+import threading
+def joined(f):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(f(1)))
+    thread.start()
+    thread.join()
+    return results
+`)
+  const result = work.methodAsync('joined', () => 5)
+  valueOf('__import__("time").sleep(0.05)')
+  t.deepEqual((await result).toJS(), [5])
+})
+
+test('errors of JavaScript functions that Python swallows are not kept for ever', async (t) => {
+  setFlagsFromString('--expose-gc')
+  const collect = runInNewContext('gc') as () => void
+  const quiet = python.exec('def quiet(f):\n    try: f()\n    except Exception: pass\n')
+  const swallowed: WeakRef<Error>[] = []
+  const thrower = () => {
+    const error = new RangeError('swallowed')
+    swallowed.push(new WeakRef(error))
+    throw error
+  }
+  for (let i = 0; i < 1500; i++) quiet.method('quiet', thrower).dispose()
+  let left: Error | undefined
+  for (let round = 0; round < 50; round++) {
+    await new Promise((resolve) => setTimeout(resolve, 5)) // what was looked at is kept until its turn ends
+    collect()
+    left = swallowed[0]?.deref()
+    if (left === undefined) break
+  }
+  t.is(left, undefined)
+})
+
+test('inline modules show their source to whoever inspects it, as Triton does', (t) => {
+  const module = python.exec('def f():\n    return 5\n')
+  t.is(valueOf('__import__("inspect").getsource(f)', { f: module.get('f') }), 'def f():\n    return 5\n')
+})
+
+test('Python’s ssl runs on Node’s OpenSSL, of one major version, and finds certificates', (t) => {
+  const version = valueOf('__import__("ssl").OPENSSL_VERSION') as string
+  t.is(/OpenSSL (\d+)\./.exec(version)?.[1], process.versions['openssl']?.split('.')[0])
+  if (process.env['SSL_CERT_FILE'] === undefined) return
+  t.true(valueOf('len(__import__("ssl").create_default_context().get_ca_certs()) > 0'))
 })

@@ -2,7 +2,8 @@ import { setFlagsFromString } from 'node:v8'
 import { runInNewContext } from 'node:vm'
 import { MessageChannel } from 'node:worker_threads'
 import test from 'ava'
-import { type DType, EpmoeError, stats, Tensor, type TypedArray } from 'epmoe'
+import { type DType, EpmoeError, postReorder, stats, Tensor, type TypedArray } from 'epmoe'
+import { validCall } from './helpers/call.js'
 import { gpu, testDevices } from './helpers/devices.js'
 
 const dtypes: [DType, number][] = [
@@ -201,3 +202,19 @@ if (gpu !== undefined) {
     t.regex(error?.hint ?? '', /toHost/)
   })
 }
+
+test('a tensor cannot be cloned to another thread, and its data cannot be taken away by one', (t) => {
+  const call = validCall('cpu')
+  const clone = structuredClone(call.src2dst)
+  t.is(t.throws(() => postReorder({ ...call, src2dst: clone }), { instanceOf: EpmoeError })?.code, 'ERR_NOT_A_TENSOR')
+  const tensor = Tensor.zeros([4])
+  const data = tensor.data as Float32Array
+  data[1] = 7
+  // Node 20 copies such a buffer instead of transferring it; later versions refuse.
+  try {
+    structuredClone(data, { transfer: [data.buffer as ArrayBuffer] })
+  } catch (error) {
+    t.is((error as Error).name, 'DataCloneError')
+  }
+  t.deepEqual([...(tensor.data as Float32Array)], [0, 7, 0, 0])
+})

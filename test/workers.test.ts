@@ -5,7 +5,9 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
 import { Worker } from 'node:worker_threads'
 import test from 'ava'
+import type { Device } from 'epmoe'
 import { read, runPostReorder, validCall, validResult } from './helpers/call.js'
+import { testDevices } from './helpers/devices.js'
 import { valueOf } from './helpers/python.js'
 
 const file = new URL('./fixtures/worker.mjs', import.meta.url)
@@ -28,30 +30,34 @@ async function resultOf(worker: Worker): Promise<unknown> {
   return last
 }
 
-function mainIsWell(): boolean {
-  const call = validCall('cpu')
-  runPostReorder(call, 'cpu')
+function mainIsWell(device: Device): boolean {
+  const call = validCall(device)
+  runPostReorder(call, device)
   return JSON.stringify(read(call.output)) === JSON.stringify(validResult())
 }
 
-inTurn('kernels run in workers and in the main thread at the same time, each on its own tensors', async (t) => {
-  const workers = [1, 2, 3].map((seed) => start({ mode: 'kernels', calls: 300, seed }))
-  const results = Promise.all(workers.map(resultOf))
-  let running = true
-  void results.finally(() => {
-    running = false
-  })
-  let calls = 0
-  while (running) {
-    for (let i = 0; i < 20; i++, calls++) t.true(mainIsWell())
-    await sleep(0)
-  }
-  t.deepEqual(
-    await results,
-    [1, 2, 3].map(() => ({ calls: 300, live: 0 })),
+for (const device of testDevices)
+  inTurn(
+    `kernels run in workers and in the main thread at the same time, each on its own tensors, on ${device}`,
+    async (t) => {
+      const workers = [1, 2, 3].map((seed) => start({ mode: 'kernels', calls: 300, seed, device }))
+      const results = Promise.all(workers.map(resultOf))
+      let running = true
+      void results.finally(() => {
+        running = false
+      })
+      let calls = 0
+      while (running) {
+        for (let i = 0; i < 20; i++, calls++) t.true(mainIsWell(device))
+        await sleep(0)
+      }
+      t.deepEqual(
+        await results,
+        [1, 2, 3].map(() => ({ calls: 300, live: 0 })),
+      )
+      t.true(calls > 20)
+    },
   )
-  t.true(calls > 20)
-})
 
 inTurn('Python is refused in a worker, with the reason, and the main thread keeps it', async (t) => {
   t.is(valueOf('1 + 1'), 2)
@@ -61,16 +67,17 @@ inTurn('Python is refused in a worker, with the reason, and the main thread keep
   t.is(valueOf('torch.ones(3).sum().item()'), 3)
 })
 
-inTurn('a worker that is terminated in the middle of calls harms nobody', async (t) => {
-  for (let round = 0; round < 15; round++) {
-    const worker = start({ mode: 'kernels', calls: 1e9, seed: round + 1 })
-    await once(worker, 'message')
-    await sleep(round % 5)
-    await worker.terminate()
-    t.true(mainIsWell())
-  }
-  t.is(valueOf('torch.ones(2).sum().item()'), 2)
-})
+for (const device of testDevices)
+  inTurn(`a worker that is terminated in the middle of calls harms nobody, on ${device}`, async (t) => {
+    for (let round = 0; round < 15; round++) {
+      const worker = start({ mode: 'kernels', calls: 1e9, seed: round + 1, device })
+      await once(worker, 'message')
+      await sleep(round % 5)
+      await worker.terminate()
+      t.true(mainIsWell(device))
+    }
+    t.is(valueOf('torch.ones(2).sum().item()'), 2)
+  })
 
 inTurn('a process whose workers alone use the kernels outlives them', (t) => {
   // Node unloads what no thread holds any more: the library's own threads must not be left without their code.

@@ -77,6 +77,36 @@ Device &device(int32_t device_id) {
 
 bool on_gpu(DLDevice where) { return where.device_type == kDLCUDA; }
 
+// Failures of a kernel after which CUDA answers every call of the process with the same error.
+bool ends_context(cudaError_t error) {
+  switch (error) {
+    case cudaErrorAssert:
+    case cudaErrorIllegalAddress:
+    case cudaErrorIllegalInstruction:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorInvalidAddressSpace:
+    case cudaErrorInvalidPc:
+    case cudaErrorHardwareStackError:
+    case cudaErrorLaunchFailure:
+    case cudaErrorLaunchTimeout:
+    case cudaErrorECCUncorrectable:
+      return true;
+    default:
+      return false;
+  }
+}
+
+bool idle(void *stream) {
+  const OutsideCapture outside;
+  const cudaError_t state = cudaStreamQuery(static_cast<cudaStream_t>(stream));
+  if (state == cudaErrorNotReady) {
+    cudaGetLastError();
+    return false;
+  }
+  expect_success(state, "asking whether a stream is idle");
+  return true;
+}
+
 }  // namespace
 
 void expect_success(int code, const char *what) {
@@ -89,6 +119,17 @@ void expect_success(int code, const char *what) {
   }
   if (error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver) {
     fail(EPMOE_ERR_NO_CUDA, "", "a CUDA device and a driver that fits", received, "Run epmoe doctor");
+  }
+  if (error >= cudaErrorStreamCaptureUnsupported && error <= cudaErrorStreamCaptureWrongThread) {
+    fail(EPMOE_ERR_CAPTURE, "", std::string("something else than ") + what + " while a stream is captured", received,
+         "Do it before or after the capture, which is lost");
+  }
+  if (ends_context(error)) {
+    fail(
+        EPMOE_ERR_CUDA_LOST, "", std::string("success in ") + what, received,
+        "A kernel that ran earlier failed, of whichever library, and the CUDA context of this process is lost with all "
+        "GPU memory: end the process and start another. compute-sanitizer, or CUDA_LAUNCH_BLOCKING=1, finds the "
+        "kernel");
   }
   fail(EPMOE_ERR_CUDA, "", std::string("success in ") + what, received,
        "Earlier asynchronous work may be the cause: run under compute-sanitizer to find it");
@@ -112,6 +153,7 @@ void *own_stream(int32_t device_id) { return device(device_id).stream; }
 
 void *allocate(DLDevice where, size_t nbytes) {
   void *data = nullptr;
+  const OutsideCapture outside;
   if (on_gpu(where)) {
     device(where.device_id);
     const DeviceGuard guard(where.device_id);
@@ -123,6 +165,7 @@ void *allocate(DLDevice where, size_t nbytes) {
 }
 
 void release(DLDevice where, void *data) {
+  const OutsideCapture outside;
   if (on_gpu(where)) {
     const DeviceGuard guard(where.device_id);
     expect_success(cudaFree(data), "freeing a tensor");
@@ -132,12 +175,22 @@ void release(DLDevice where, void *data) {
 }
 
 void copy(void *dst, DLDevice dst_device, const void *src, DLDevice src_device, size_t nbytes, void *stream) {
+  if (const Capture *capture = current_capture()) {
+    const auto elsewhere = [&](DLDevice where) { return on_gpu(where) && where.device_id != capture->device_id; };
+    if (elsewhere(dst_device) || elsewhere(src_device)) {
+      fail(EPMOE_ERR_CAPTURE, "tensor", "tensors on the captured stream's GPU or in page-locked memory",
+           "one on another GPU", "Copy before or after the capture");
+    }
+    if (stream != capture->stream || dst_device.device_type == kDLCPU || src_device.device_type == kDLCPU) {
+      fail(EPMOE_ERR_CAPTURE, "tensor", "a copy on the captured stream, of tensors on GPUs or in page-locked memory",
+           stream != capture->stream ? "one on another stream" : "one of pageable memory",
+           "Copy before or after the capture, or make the host's tensor pinned");
+    }
+  }
   const DeviceGuard guard(on_gpu(dst_device) ? dst_device.device_id : src_device.device_id);
   expect_success(cudaMemcpyAsync(dst, src, nbytes, cudaMemcpyDefault, static_cast<cudaStream_t>(stream)),
                  "copying a tensor");
 }
-
-namespace {
 
 void take_status(int32_t device_id) {
   volatile StatusWord *word = device(device_id).status;
@@ -155,7 +208,6 @@ void take_status(int32_t device_id) {
   throw failure;
 }
 
-}  // namespace
 }  // namespace epmoe::cuda
 
 using epmoe::fail;
@@ -200,6 +252,7 @@ extern "C" epmoe_status epmoe_stream_create(int32_t device_id, void **out) {
   return guarded([&] {
     epmoe::cuda::device(device_id);
     const DeviceGuard guard(device_id);
+    const epmoe::cuda::OutsideCapture outside;
     cudaStream_t stream = nullptr;
     expect_success(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream");
     *out = stream;
@@ -221,14 +274,27 @@ extern "C" epmoe_status epmoe_stream_foreign(int32_t device_id, void **out) {
   return guarded([&] { *out = epmoe::foreign_stream(device_id); });
 }
 
-extern "C" epmoe_status epmoe_stream_wait(int32_t device_id, void *stream, void *awaited) {
+extern "C" epmoe_status epmoe_stream_wait(int32_t device_id, void *stream, int32_t awaited_device_id, void *awaited) {
   return guarded([&] {
-    if (stream == awaited) return;
-    const DeviceGuard guard(device_id);
+    using epmoe::cuda::Captured;
+    if (stream == awaited && device_id == awaited_device_id) return;
+    const Captured which = epmoe::cuda::captured(device_id, stream, awaited_device_id, awaited);
+    const DeviceGuard guard(awaited_device_id);
+    if (which == Captured::kFirst && epmoe::cuda::idle(awaited)) return;
+    if (which == Captured::kFirst || which == Captured::kSecond) {
+      fail(EPMOE_ERR_CAPTURE, "stream", "work on one captured stream, or after all earlier work on its tensors",
+           which == Captured::kFirst ? "a tensor with work under way on a stream that is not captured"
+                                     : "a tensor that is being captured, used on a stream that is not",
+           which == Captured::kFirst ? "Synchronize that stream before the capture" : "Wait for the capture's end");
+    }
     cudaEvent_t event = nullptr;
     expect_success(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
     const int recorded = cudaEventRecord(event, static_cast<cudaStream_t>(awaited));
-    const int waited = recorded == cudaSuccess ? cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), event, 0) : 0;
+    int waited = cudaSuccess;
+    if (recorded == cudaSuccess) {
+      const DeviceGuard waiting(device_id);
+      waited = cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), event, 0);
+    }
     cudaEventDestroy(event);  // released by CUDA once it has been reached
     expect_success(recorded, "recording an event");
     expect_success(waited, "waiting for an event");
@@ -239,6 +305,12 @@ extern "C" epmoe_status epmoe_stream_synchronize(int32_t device_id, void *stream
   return guarded([&] {
     epmoe::cuda::device(device_id);
     const DeviceGuard guard(device_id);
+    // Asked of CUDA, waiting for a stream under capture would spoil the capture.
+    if (epmoe::cuda::is_captured(device_id, stream)) {
+      fail(EPMOE_ERR_CAPTURE, "stream", "a stream that runs", "one that is being captured",
+           "Wait after the capture, for a replay of the graph");
+    }
+    epmoe::cuda::refuse_in_capture("waiting for a stream");
     expect_success(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "waiting for a stream");
     epmoe::cuda::take_status(device_id);
   });

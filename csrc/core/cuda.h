@@ -41,11 +41,27 @@ struct Facts {
 const Facts &facts(int32_t device_id);
 StatusWord *status_word(int32_t device_id);
 void *own_stream(int32_t device_id);
+// Throws the index error that kernels have reported on the device, if any, and clears it.
+void take_status(int32_t device_id);
 
 // Memory on the GPU or page-locked on the host, and copies that touch the GPU.
 void *allocate(DLDevice where, size_t nbytes);
 void release(DLDevice where, void *data);
 void copy(void *dst, DLDevice dst_device, const void *src, DLDevice src_device, size_t nbytes, void *stream);
+
+// The capture of a graph that this thread has begun, or nullptr.
+struct Capture {
+  int32_t device_id;
+  void *stream;
+};
+const Capture *current_capture();
+// Throws when this thread captures: `what` would be done now, and not again at a replay.
+void refuse_in_capture(const char *what);
+// Which of two streams is being captured, by whomever: none, both into one graph, the first alone, or the second alone
+// or into another graph.
+enum class Captured { kNone, kTogether, kFirst, kSecond };
+Captured captured(int32_t first_device, void *first, int32_t second_device, void *second);
+bool is_captured(int32_t device_id, void *stream);
 
 // Throws Failure unless `code` is cudaSuccess.
 void expect_success(int code, const char *what);

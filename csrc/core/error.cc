@@ -22,8 +22,10 @@ constexpr const char *kCodes[EPMOE_STATUS_COUNT] = {
     "ERR_READ_ONLY",
     "ERR_VALUE",
     "ERR_INDEX_OUT_OF_RANGE",
+    "ERR_CAPTURE",
     "ERR_NO_CUDA",
     "ERR_CUDA",
+    "ERR_CUDA_LOST",
     "ERR_OUT_OF_MEMORY",
     "ERR_INTERNAL",
 };

@@ -30,16 +30,27 @@ void check_whole(const OpEntry &entry, const Call &call) {
        "Install the CUDA toolkit and build epmoe again, or move the tensors to the CPU");
 }
 
+void *choose_stream(int32_t device_id, bool foreign, int32_t stream_mode, void *stream) {
+  if (const cuda::Capture *capture = cuda::current_capture()) {
+    if (device_id != capture->device_id || (stream_mode == EPMOE_STREAM_GIVEN && stream != capture->stream)) {
+      fail(EPMOE_ERR_CAPTURE, "stream", "the captured stream, of cuda:" + std::to_string(capture->device_id),
+           "another stream, of cuda:" + std::to_string(device_id),
+           "Give no stream inside a capture, or run the op before or after it");
+    }
+    return capture->stream;
+  }
+  if (stream_mode == EPMOE_STREAM_GIVEN) return stream;
+  return foreign ? foreign_stream(device_id) : cuda::own_stream(device_id);
+}
+
 void run(const OpEntry &entry, Call &call, bool foreign, int32_t stream_mode, void *stream) {
   if (call.device.device_type == kDLCPU) {
+    cuda::refuse_in_capture("an op on the CPU");
     entry.op->run_cpu(call);
     return;
   }
   const cuda::DeviceGuard guard(call.device.device_id);
-  if (stream_mode == EPMOE_STREAM_GIVEN)
-    call.stream = stream;
-  else
-    call.stream = foreign ? foreign_stream(call.device.device_id) : cuda::own_stream(call.device.device_id);
+  call.stream = choose_stream(call.device.device_id, foreign, stream_mode, stream);
   entry.run_cuda(call);
 }
 

@@ -53,6 +53,7 @@ extern "C" epmoe_status epmoe_copy(void *dst, DLDevice dst_device, const void *s
     if (on_gpu(dst_device) || on_gpu(src_device)) {
       epmoe::cuda::copy(dst, dst_device, src, src_device, nbytes, stream);
     } else {
+      epmoe::cuda::refuse_in_capture("a copy on the host");
       std::memmove(dst, src, nbytes);
     }
   });

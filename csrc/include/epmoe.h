@@ -28,7 +28,7 @@ extern "C" {
 #endif
 
 /* Raised when a struct or a function below changes incompatibly; callers compare it with epmoe_abi_version(). */
-#define EPMOE_ABI_VERSION 1
+#define EPMOE_ABI_VERSION 2
 EPMOE_API int32_t epmoe_abi_version(void);
 /* The package's version, e.g. "0.1.0". */
 EPMOE_API const char *epmoe_version(void);
@@ -54,9 +54,11 @@ enum {
   EPMOE_ERR_READ_ONLY,
   EPMOE_ERR_VALUE,
   EPMOE_ERR_INDEX_OUT_OF_RANGE, /* an index value inside a tensor; the slot was skipped */
+  EPMOE_ERR_CAPTURE,            /* something that a CUDA graph cannot hold, or a capture used wrongly */
   /* the machine */
   EPMOE_ERR_NO_CUDA,
   EPMOE_ERR_CUDA,
+  EPMOE_ERR_CUDA_LOST, /* a kernel failed: nothing of this process works on the GPU any more */
   EPMOE_ERR_OUT_OF_MEMORY,
   /* ours: a bug in epmoe, please report it */
   EPMOE_ERR_INTERNAL,
@@ -184,7 +186,7 @@ EPMOE_API epmoe_status epmoe_prepare(const epmoe_op_info *op, const epmoe_value 
 EPMOE_API epmoe_status epmoe_prepared_run(const epmoe_prepared *prepared, int32_t stream_mode, void *stream);
 EPMOE_API void epmoe_prepared_free(epmoe_prepared *prepared);
 
-/* ---------------------------------------------------------------- devices, streams, memory */
+/* ---------------------------------------------------------------- devices, streams */
 
 EPMOE_API int32_t epmoe_cuda_compiled(void);
 /* 0 when there is no usable driver; epmoe_last_error() then holds the reason when CUDA is compiled in. */
@@ -209,12 +211,49 @@ EPMOE_API epmoe_status epmoe_stream_destroy(int32_t device_id, void *stream);
 EPMOE_API epmoe_status epmoe_stream_own(int32_t device_id, void **out);
 /* The framework's current stream there; EPMOE_ERR_VALUE without an exchange table. */
 EPMOE_API epmoe_status epmoe_stream_foreign(int32_t device_id, void **out);
-/* Makes work launched on `stream` from now on wait for what `awaited` holds now. Blocks nobody. */
-EPMOE_API epmoe_status epmoe_stream_wait(int32_t device_id, void *stream, void *awaited);
+/* Makes work launched on `stream`, of `device_id`, from now on wait for what `awaited` holds now. Blocks nobody. A
+ * stream that is being captured, by whomever, can wait for no other: EPMOE_ERR_CAPTURE, unless that other has nothing
+ * left to do. */
+EPMOE_API epmoe_status epmoe_stream_wait(int32_t device_id, void *stream, int32_t awaited_device_id, void *awaited);
 /* Waits for the stream, then behaves as epmoe_check(). Blocks the calling thread. */
 EPMOE_API epmoe_status epmoe_stream_synchronize(int32_t device_id, void *stream);
 /* Takes the first index error that kernels finished so far on this device have reported, if any, and clears it. */
 EPMOE_API epmoe_status epmoe_check(int32_t device_id);
+
+/* Events: a point in a stream's work. One belongs to a device and is recorded on its streams, again and again; any
+ * device's stream may wait for it. One that was never recorded counts as done. Recording, and waiting, on a stream that
+ * is being captured is EPMOE_ERR_CAPTURE. `timed`: 1 when epmoe_event_elapsed() is to be asked. */
+EPMOE_API epmoe_status epmoe_event_create(int32_t device_id, int32_t timed, void **out);
+EPMOE_API void epmoe_event_destroy(int32_t device_id, void *event);
+EPMOE_API epmoe_status epmoe_event_record(int32_t device_id, void *event, void *stream);
+/* Makes work launched on `stream`, of device `device_id`, from now on wait for the event as it was last recorded. */
+EPMOE_API epmoe_status epmoe_stream_wait_event(int32_t device_id, void *stream, void *event);
+/* 1 or 0 in `*out`. */
+EPMOE_API epmoe_status epmoe_event_query(int32_t device_id, void *event, int32_t *out);
+/* Waits for the event, then behaves as epmoe_check(). Blocks the calling thread. */
+EPMOE_API epmoe_status epmoe_event_synchronize(int32_t device_id, void *event);
+/* Milliseconds between two events that are done; EPMOE_ERR_VALUE otherwise. */
+EPMOE_API epmoe_status epmoe_event_elapsed(int32_t device_id, void *begin, void *end, double *out);
+
+/* ---------------------------------------------------------------- graphs */
+
+/* A captured CUDA graph: ops launched once and recorded, to be launched again by one call. */
+typedef struct epmoe_graph epmoe_graph;
+/* From now on what this thread launches through the library on `stream` is recorded instead of run: ops (without a
+ * stream of their own, or with this one) and copies between GPUs and page-locked memory. Ops on the CPU, other streams,
+ * copies of pageable memory and waiting for a stream are refused with EPMOE_ERR_CAPTURE, which leaves the capture as it
+ * was. Other threads are not affected. The default stream (NULL) cannot be captured. */
+EPMOE_API epmoe_status epmoe_capture_begin(int32_t device_id, void *stream);
+/* Ends the capture of this thread, whatever state it is in. NULL drops what was recorded. Every tensor that was used
+ * must outlive the graph; a prepared call may go. */
+EPMOE_API epmoe_status epmoe_capture_end(epmoe_graph **out);
+/* Launches the graph on any stream of its device. It reads what the tensors hold by then; indices out of range are
+ * found as those of epmoe_invoke() are. Launches of one graph follow one another, on whichever streams they are. */
+EPMOE_API epmoe_status epmoe_graph_replay(epmoe_graph *graph, void *stream);
+/* Launches under way are not disturbed. NULL is ignored. */
+EPMOE_API void epmoe_graph_free(epmoe_graph *graph);
+
+/* ---------------------------------------------------------------- memory */
 
 /* Memory of kDLCPU (64-byte aligned), kDLCUDA or kDLCUDAHost. 0 bytes give NULL. epmoe_free waits for the device. */
 EPMOE_API epmoe_status epmoe_alloc(DLDevice device, size_t nbytes, void **out);

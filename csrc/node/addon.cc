@@ -19,6 +19,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   export_tensors(env, exports);
   export_calls(env, exports);
   export_streams(env, exports);
+  export_graphs(env, exports);
   export_python(env, exports);
   export_parity(env, exports);
   export_bell(env, exports);

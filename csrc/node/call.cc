@@ -10,14 +10,20 @@ namespace {
   environment.raise(code, op.name, op.params[index].name, "a tensor", received, hint);
 }
 
-// The stream that the frame asks for, or else torch's current one when a tensor is torch's, or else our own.
-void *stream_of(Environment &environment, int32_t gpu, bool foreign) {
+// The stream that the frame asks for, or else the captured one, torch's current one when a tensor is torch's, or our
+// own. The frame's stream mode is 0, or 1 and the number of the stream's device.
+StreamRef stream_of(Environment &environment, const char *op, int32_t gpu, bool foreign) {
   const Frame &frame = *environment.frame;
-  void *stream = reinterpret_cast<void *>(static_cast<uintptr_t>(frame.word[kMaxValues]));
-  if (frame.kind[kMaxValues] != EPMOE_STREAM_GIVEN) {
-    environment.require(foreign ? epmoe_stream_foreign(gpu, &stream) : epmoe_stream_own(gpu, &stream));
+  const int32_t device_id = frame.kind[kMaxValues] - 1;
+  if (device_id < 0) {
+    if (environment.recording != nullptr) return environment.recording->stream;
+    return foreign ? environment.foreign_stream(gpu) : environment.own_stream(gpu);
   }
-  return stream;
+  if (device_id != gpu) {
+    environment.raise("ERR_DEVICE", op, "stream", "a stream of cuda:" + std::to_string(gpu) + ", as the tensors",
+                      "one of cuda:" + std::to_string(device_id), "Leave it out, or move the tensors there first");
+  }
+  return {device_id, reinterpret_cast<void *>(static_cast<uintptr_t>(frame.word[kMaxValues]))};
 }
 
 // One call's tensors: those of handles, and descriptions of Python's.
@@ -32,16 +38,16 @@ class Arguments {
   // Runs the op on the stream asked for, or else torch's current stream when a tensor is torch's, or else our own.
   // Tensors that were last used on another stream are waited for.
   epmoe_status run() {
-    void *stream = nullptr;
+    StreamRef stream;
     if (gpu_ >= 0) {
-      stream = stream_of(environment_, gpu_, foreign_);
+      stream = stream_of(environment_, op_.name, gpu_, foreign_);
       for (int32_t i = 0; i < op_.n_params; ++i) {
         if (records_[i] != nullptr && records_[i]->dl.device.device_type == kDLCUDA) {
           environment_.follow(*records_[i], stream);
         }
       }
     }
-    return epmoe_invoke(&op_, values_, op_.n_params, EPMOE_STREAM_GIVEN, stream);
+    return epmoe_invoke(&op_, values_, op_.n_params, EPMOE_STREAM_GIVEN, stream.address);
   }
 
   // Keeps the call for later; its tensors are all handles, which JavaScript has seen to.
@@ -73,6 +79,7 @@ class Arguments {
       if (const Refusal refusal = read_object(object, &borrowed_[i]); refusal.code != nullptr) {
         raise_argument(environment_, op_, i, refusal.code, refusal.received, refusal.hint);
       }
+      if (environment_.recording != nullptr) record_object(environment_, object);
     }
   }
 
@@ -147,7 +154,8 @@ void run_prepared_call(Environment &environment, double number) {
                       "Keep it until its last use");
   }
   const Environment::Prepared &prepared = found->second;
-  void *stream = prepared.gpu < 0 ? nullptr : stream_of(environment, prepared.gpu, prepared.foreign);
+  StreamRef stream;
+  if (prepared.gpu >= 0) stream = stream_of(environment, "PreparedCall", prepared.gpu, prepared.foreign);
   for (const double handle : prepared.handles) {
     TensorRecord *record = environment.find(handle);
     if (record == nullptr) {
@@ -156,7 +164,7 @@ void run_prepared_call(Environment &environment, double number) {
     }
     if (record->dl.device.device_type == kDLCUDA) environment.follow(*record, stream);
   }
-  environment.require(epmoe_prepared_run(prepared.call.get(), EPMOE_STREAM_GIVEN, stream));
+  environment.require(epmoe_prepared_run(prepared.call.get(), EPMOE_STREAM_GIVEN, stream.address));
 }
 
 // (number), in the bare C interface for the same reason as invoke() below.

@@ -1,7 +1,5 @@
 #include "node/environment.h"
 
-#include <set>
-
 #include "node/python.h"
 
 namespace epmoe::node {
@@ -42,8 +40,9 @@ double Environment::insert(std::unique_ptr<TensorRecord> record) {
     index = free_.back();
     free_.pop_back();
   }
+  record->handle = static_cast<double>(slots_[index].generation * kIndexSpan + index);
   slots_[index].record = std::move(record);
-  return static_cast<double>(slots_[index].generation * kIndexSpan + index);
+  return slots_[index].record->handle;
 }
 
 TensorRecord *Environment::find(double handle) {
@@ -70,41 +69,66 @@ bool Environment::erase(double handle, bool detach) {
   return true;
 }
 
-void Environment::follow(TensorRecord &record, void *stream) {
-  if (record.stream_known && record.stream != stream) {
-    require(epmoe_stream_wait(record.dl.device.device_id, stream, record.stream));
+void Environment::follow(TensorRecord &record, StreamRef stream) {
+  if (recording != nullptr) {
+    if (record.foreign && !has_exchange()) {
+      raise("ERR_CAPTURE", "Graph.capture", "tensor", "a torch that tells its stream in C, or tensors of epmoe's own",
+            "a tensor of an older torch", "Update torch, or have torch.cuda.graph() capture");
+    }
+    recording->keep(record.storage);
+    recording->handles.insert(record.handle);
+    recording->foreign |= record.foreign;
+    return;
   }
+  if (record.stream.known()) wait(stream, record.stream);
   record.stream = stream;
-  record.stream_known = true;
 }
 
-void *Environment::home_stream(const TensorRecord &record) {
-  if (record.stream_known) return record.stream;
-  void *stream = nullptr;
+void Environment::wait(StreamRef stream, StreamRef awaited) {
+  if (stream == awaited) return;
+  require(epmoe_stream_wait(stream.device_id, stream.address, awaited.device_id, awaited.address));
+}
+
+StreamRef Environment::home_stream(const TensorRecord &record) {
   const int32_t device_id = record.dl.device.device_id;
-  require(record.foreign && has_exchange() ? epmoe_stream_foreign(device_id, &stream)
-                                           : epmoe_stream_own(device_id, &stream));
+  if (record.stream.device_id == device_id) return record.stream;
+  return record.foreign && has_exchange() ? foreign_stream(device_id) : own_stream(device_id);
+}
+
+StreamRef Environment::foreign_stream(int32_t device_id) {
+  StreamRef stream{device_id};
+  require(epmoe_stream_foreign(device_id, &stream.address));
   return stream;
 }
 
-void Environment::forget_stream(int32_t device_id, void *stream) {
-  require(epmoe_stream_synchronize(device_id, stream));
+StreamRef Environment::own_stream(int32_t device_id) {
+  StreamRef stream{device_id};
+  require(epmoe_stream_own(device_id, &stream.address));
+  return stream;
+}
+
+void Environment::forget_stream(StreamRef stream) {
+  require(epmoe_stream_synchronize(stream.device_id, stream.address));
   for (Slot &slot : slots_) {
-    if (slot.record && slot.record->stream_known && slot.record->stream == stream) slot.record->stream_known = false;
+    if (slot.record && slot.record->stream == stream) slot.record->stream = {};
   }
 }
 
 std::map<std::pair<int32_t, int32_t>, Environment::Count> Environment::live() const {
   std::map<std::pair<int32_t, int32_t>, Count> counts;
   std::set<const Storage *> storages;
-  for (const Slot &slot : slots_) {
-    if (!slot.record) continue;
-    const Storage &storage = *slot.record->storage;
+  const auto add = [&](const Storage &storage, int64_t tensors) {
     const bool gpu = storage.device.device_type == kDLCUDA;
     Count &count = counts[gpu ? std::pair<int32_t, int32_t>{kDLCUDA, storage.device.device_id}
                               : std::pair<int32_t, int32_t>{kDLCPU, 0}];
-    ++count.tensors;
+    count.tensors += tensors;
     if (storages.insert(&storage).second) count.bytes += static_cast<int64_t>(storage.nbytes);
+  };
+  for (const Slot &slot : slots_) {
+    if (slot.record) add(*slot.record->storage, 1);
+  }
+  for (const auto &[number, graph] : graphs) {
+    for (const auto &[storage, keeper] : graph.used.storages) add(*storage, 0);
   }
   return counts;
 }

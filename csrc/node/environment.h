@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -20,7 +21,7 @@ constexpr int kMaxValues = 24;
 // One call's arguments, written by JavaScript into shared memory: cheaper than passing them one by one.
 struct Frame {
   double word[kMaxValues + 1];   // handle, object address, number; the last one is the stream
-  int32_t kind[kMaxValues + 1];  // FrameKind; the last one is the stream mode
+  int32_t kind[kMaxValues + 1];  // FrameKind; the last one is 0, or 1 + the device of the stream
   int32_t op;                    // index in the op table
 };
 enum FrameKind { kNone = 0, kHandle, kObject, kInteger, kReal };
@@ -64,6 +65,15 @@ struct Outbox {
   bool closed = false;  // the environment is gone, and its references with it
 };
 
+// A CUDA stream; the default one has the same address on every device.
+struct StreamRef {
+  int32_t device_id = -1;  // -1: none
+  void *address = nullptr;
+
+  bool known() const { return device_id >= 0; }
+  bool operator==(const StreamRef &other) const { return device_id == other.device_id && address == other.address; }
+};
+
 struct TensorRecord {
   std::shared_ptr<Storage> storage;
   std::vector<int64_t> shape, strides;
@@ -71,9 +81,31 @@ struct TensorRecord {
   bool foreign = false;  // memory of the framework behind the exchange table
   // The stream of the last work on this tensor. Work on another stream waits for it first, so a tensor may wander
   // between epmoe's streams and the framework's without anybody having to think of it.
-  void *stream = nullptr;
-  bool stream_known = false;
+  StreamRef stream;
   napi_ref buffer = nullptr;  // weak: the ArrayBuffer handed out over this tensor
+  double handle = 0;
+};
+
+// A CUDA event, which lives as long as JavaScript and every thread that waits for it.
+struct Event {
+  Event(Environment &environment, int32_t device_id, bool timed);
+  ~Event();
+  Event(const Event &) = delete;
+  Event &operator=(const Event &) = delete;
+
+  const int32_t device_id;
+  void *event = nullptr;
+};
+
+// The tensors that the work of a graph uses: their memory, which the graph keeps, and their handles, by which replays
+// are ordered with other work on them for as long as the tensors live.
+struct Recording {
+  StreamRef stream;      // the captured one
+  bool foreign = false;  // some memory is the framework's
+  std::map<const Storage *, std::shared_ptr<Storage>> storages;
+  std::set<double> handles;
+
+  void keep(std::shared_ptr<Storage> storage) { storages.emplace(storage.get(), std::move(storage)); }
 };
 
 class Environment {
@@ -89,12 +121,18 @@ class Environment {
   // collected.
   bool erase(double handle, bool detach);
 
-  // `stream` waits for earlier work on the tensor, and becomes the stream of its latest work. CUDA tensors only.
-  void follow(TensorRecord &record, void *stream);
+  // `stream` waits for earlier work on the tensor, and becomes the stream of its latest work. CUDA tensors only. While
+  // a graph is captured the tensor is noted instead, for the replays to do this.
+  void follow(TensorRecord &record, StreamRef stream);
+  // `stream` waits for what `awaited` holds now.
+  void wait(StreamRef stream, StreamRef awaited);
   // The stream that work on this tensor belongs to when nobody says otherwise.
-  void *home_stream(const TensorRecord &record);
+  StreamRef home_stream(const TensorRecord &record);
+  // The framework's current stream of a device, or epmoe's own.
+  StreamRef foreign_stream(int32_t device_id);
+  StreamRef own_stream(int32_t device_id);
   // Called before a stream is destroyed: waits for it, and forgets it in every tensor.
-  void forget_stream(int32_t device_id, void *stream);
+  void forget_stream(StreamRef stream);
 
   // Calls that were prepared, by number; a number is not used again.
   struct Prepared {
@@ -105,6 +143,18 @@ class Environment {
   };
   std::map<double, Prepared> prepared;
   double last_prepared = 0;
+
+  // Graphs, likewise; and what the one being captured uses.
+  struct Graph {
+    std::unique_ptr<epmoe_graph, decltype(&epmoe_graph_free)> graph{nullptr, epmoe_graph_free};
+    Recording used;
+  };
+  std::map<double, Graph> graphs;
+  double last_graph = 0;
+  Recording *recording = nullptr;
+
+  std::map<double, std::shared_ptr<Event>> events;
+  double last_event = 0;
 
   void drain();
   [[noreturn]] void raise(const char *argument = nullptr);  // throws the library's last error as an EpmoeError
@@ -140,6 +190,7 @@ class Environment {
 
 void export_tensors(Napi::Env env, Napi::Object exports);
 void export_calls(Napi::Env env, Napi::Object exports);
+void export_graphs(Napi::Env env, Napi::Object exports);
 void export_streams(Napi::Env env, Napi::Object exports);
 void export_python(Napi::Env env, Napi::Object exports);
 void export_parity(Napi::Env env, Napi::Object exports);

@@ -140,8 +140,7 @@ Napi::Value adopt(Environment &environment, Managed *managed) {
                       "Convert it with to() first");
   }
   if (record->dl.device.device_type == kDLCUDA && has_exchange()) {
-    record->stream = environment.home_stream(*record);
-    record->stream_known = true;
+    record->stream = environment.foreign_stream(record->dl.device.device_id);
   }
   return describe(environment, environment.insert(std::move(record)));
 }
@@ -231,10 +230,8 @@ void put_in_inbox(PyObject *object) {
 void follow_framework(Environment &environment, TensorRecord &record) {
   if (record.dl.device.device_type != kDLCUDA) return;
   const int32_t device_id = record.dl.device.device_id;
-  if (!has_exchange()) return environment.require(epmoe_stream_synchronize(device_id, environment.home_stream(record)));
-  void *current = nullptr;
-  environment.require(epmoe_stream_foreign(device_id, &current));
-  environment.follow(record, current);
+  if (has_exchange()) return environment.follow(record, environment.foreign_stream(device_id));
+  environment.require(epmoe_stream_synchronize(device_id, environment.home_stream(record).address));
 }
 
 // (handle): leaves a torch.Tensor over the same memory in the inbox, by the exchange table.
@@ -316,6 +313,13 @@ const char *name_unsupported(PyObject *object) {
   if (truth_of_attribute(object, kIsQuantized)) return "a quantised tensor";
   if (truth_of_attribute(object, kIsMeta)) return "a meta tensor, which has no memory";
   return "a tensor whose layout or dtype DLPack cannot describe";
+}
+
+void record_object(Environment &environment, PyObject *object) {
+  DLManagedTensorVersioned *managed = nullptr;
+  if (py.exchange->managed_tensor_from_py_object_no_sync(object, &managed) != 0) raise_unsupported(environment, object);
+  environment.recording->keep(make_record(Storage::adopt(environment, managed), managed->dl_tensor)->storage);
+  environment.recording->foreign = true;
 }
 
 bool has_exchange() { return py.exchange != nullptr; }

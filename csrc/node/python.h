@@ -40,6 +40,10 @@ Refusal read_object(PyObject *object, DLTensor *out);
 // What makes `object` impossible to export ("a sparse tensor"), found after an export failed. The GIL must be held.
 const char *name_unsupported(PyObject *object);
 
+class Environment;
+// Has the graph that is being captured keep the memory of a tensor that read_object() could read. The GIL must be held.
+void record_object(Environment &environment, PyObject *object);
+
 bool has_exchange();
 
 }  // namespace epmoe::node

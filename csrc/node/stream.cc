@@ -1,8 +1,18 @@
-// Devices and streams. A stream crosses as its address, which a JavaScript number holds exactly.
+// Devices, streams and events. A stream crosses as its address, which a JavaScript number holds exactly, an event as a
+// number.
 #include "node/environment.h"
 #include "node/python.h"
 
 namespace epmoe::node {
+
+Event::Event(Environment &environment, int32_t device_id, bool timed) : device_id(device_id) {
+  environment.require(epmoe_event_create(device_id, timed ? 1 : 0, &event));
+}
+
+Event::~Event() {
+  if (event != nullptr) epmoe_event_destroy(device_id, event);
+}
+
 namespace {
 
 int32_t device_argument(const Napi::CallbackInfo &info) { return info[0].As<Napi::Number>().Int32Value(); }
@@ -27,12 +37,12 @@ Napi::Value give_stream(const Napi::CallbackInfo &info) {
 // Waits on a thread of libuv's pool, so that the event loop goes on.
 class Wait : public Napi::AsyncWorker {
  public:
-  Wait(Napi::Env env, int32_t device, void *stream)
-      : Napi::AsyncWorker(env), deferred_(Napi::Promise::Deferred::New(env)), device_(device), stream_(stream) {}
+  Wait(Napi::Env env, std::shared_ptr<Event> event)
+      : Napi::AsyncWorker(env), deferred_(Napi::Promise::Deferred::New(env)), event_(std::move(event)) {}
   Napi::Promise promise() const { return deferred_.Promise(); }
 
   void Execute() override {
-    status_ = epmoe_stream_synchronize(device_, stream_);
+    status_ = epmoe_event_synchronize(event_->device_id, event_->event);
     if (status_ == EPMOE_OK) return;
     const epmoe_error *error = epmoe_last_error();  // of this thread: copied before it goes back to the pool
     op_ = error->op;
@@ -49,17 +59,24 @@ class Wait : public Napi::AsyncWorker {
 
  private:
   Napi::Promise::Deferred deferred_;
-  int32_t device_;
-  void *stream_;
+  std::shared_ptr<Event> event_;
   epmoe_status status_ = EPMOE_OK;
   std::string op_, argument_, expected_, received_, hint_;
 };
 
-Napi::Value synchronize(const Napi::CallbackInfo &info) {
-  auto *wait = new Wait(info.Env(), device_argument(info), stream_argument(info));
+Napi::Value wait_for(Napi::Env env, std::shared_ptr<Event> event) {
+  auto *wait = new Wait(env, std::move(event));
   const Napi::Promise promise = wait->promise();
   wait->Queue();
   return promise;
+}
+
+// An event marks the work of now: by the time that the pool gets to it, the stream may have more, be captured or gone.
+Napi::Value synchronize(const Napi::CallbackInfo &info) {
+  Environment &environment = Environment::of(info.Env());
+  auto event = std::make_shared<Event>(environment, device_argument(info), false);
+  environment.require(epmoe_event_record(event->device_id, event->event, stream_argument(info)));
+  return wait_for(info.Env(), std::move(event));
 }
 
 void synchronize_sync(const Napi::CallbackInfo &info) {
@@ -67,8 +84,64 @@ void synchronize_sync(const Napi::CallbackInfo &info) {
 }
 
 void destroy(const Napi::CallbackInfo &info) {
-  Environment::of(info.Env()).forget_stream(device_argument(info), stream_argument(info));
+  Environment::of(info.Env()).forget_stream({device_argument(info), stream_argument(info)});
   Environment::of(info.Env()).require(epmoe_stream_destroy(device_argument(info), stream_argument(info)));
+}
+
+const std::shared_ptr<Event> &event_argument(const Napi::CallbackInfo &info, size_t index) {
+  Environment &environment = Environment::of(info.Env());
+  const auto found = environment.events.find(info[index].As<Napi::Number>().DoubleValue());
+  if (found == environment.events.end()) {
+    environment.raise("ERR_DISPOSED", "Event", "", "a live event", "a disposed one", "Keep it until its last use");
+  }
+  return found->second;
+}
+
+// (device, whether it measures time): returns the event's number.
+Napi::Value create_event(const Napi::CallbackInfo &info) {
+  Environment &environment = Environment::of(info.Env());
+  auto event = std::make_shared<Event>(environment, device_argument(info), info[1].As<Napi::Boolean>().Value());
+  environment.events.emplace(++environment.last_event, std::move(event));
+  return Napi::Number::New(info.Env(), environment.last_event);
+}
+
+void forget_event(const Napi::CallbackInfo &info) {
+  Environment::of(info.Env()).events.erase(info[0].As<Napi::Number>().DoubleValue());
+}
+
+// (event, stream)
+void record_event(const Napi::CallbackInfo &info) {
+  const Event &event = *event_argument(info, 0);
+  Environment::of(info.Env()).require(epmoe_event_record(event.device_id, event.event, stream_argument(info)));
+}
+
+// (device of the stream, stream, event)
+void wait_event(const Napi::CallbackInfo &info) {
+  Environment::of(info.Env())
+      .require(epmoe_stream_wait_event(device_argument(info), stream_argument(info), event_argument(info, 2)->event));
+}
+
+Napi::Value query_event(const Napi::CallbackInfo &info) {
+  const Event &event = *event_argument(info, 0);
+  int32_t done = 0;
+  Environment::of(info.Env()).require(epmoe_event_query(event.device_id, event.event, &done));
+  return Napi::Boolean::New(info.Env(), done != 0);
+}
+
+Napi::Value synchronize_event(const Napi::CallbackInfo &info) { return wait_for(info.Env(), event_argument(info, 0)); }
+
+void synchronize_event_sync(const Napi::CallbackInfo &info) {
+  const Event &event = *event_argument(info, 0);
+  Environment::of(info.Env()).require(epmoe_event_synchronize(event.device_id, event.event));
+}
+
+// (begin, end): milliseconds.
+Napi::Value elapsed(const Napi::CallbackInfo &info) {
+  const Event &begin = *event_argument(info, 0);
+  double milliseconds = 0;
+  Environment::of(info.Env())
+      .require(epmoe_event_elapsed(begin.device_id, begin.event, event_argument(info, 1)->event, &milliseconds));
+  return Napi::Number::New(info.Env(), milliseconds);
 }
 
 Napi::Value facts(const Napi::CallbackInfo &info) {
@@ -98,7 +171,17 @@ void export_streams(Napi::Env env, Napi::Object exports) {
   stream["destroy"] = Napi::Function::New(env, destroy);
   stream["synchronize"] = Napi::Function::New(env, synchronize);
   stream["synchronizeSync"] = Napi::Function::New(env, synchronize_sync);
+  stream["waitEvent"] = Napi::Function::New(env, wait_event);
   exports["stream"] = stream;
+  Napi::Object event = Napi::Object::New(env);
+  event["create"] = Napi::Function::New(env, create_event);
+  event["forget"] = Napi::Function::New(env, forget_event);
+  event["record"] = Napi::Function::New(env, record_event);
+  event["query"] = Napi::Function::New(env, query_event);
+  event["synchronize"] = Napi::Function::New(env, synchronize_event);
+  event["synchronizeSync"] = Napi::Function::New(env, synchronize_event_sync);
+  event["elapsed"] = Napi::Function::New(env, elapsed);
+  exports["event"] = event;
   Napi::Object device = Napi::Object::New(env);
   device["cudaCompiled"] = Napi::Boolean::New(env, epmoe_cuda_compiled() != 0);
   device["cudaCount"] = Napi::Function::New(env, [](const Napi::CallbackInfo &info) -> Napi::Value {

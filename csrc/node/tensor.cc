@@ -65,7 +65,6 @@ Napi::Value view(const Napi::CallbackInfo &info) {
   auto record = make_record(base.storage, data, dtype_argument(info[3]).dl, shape_argument(info[2]));
   record->foreign = base.foreign;
   record->stream = base.stream;
-  record->stream_known = base.stream_known;
   return describe(environment, environment.insert(std::move(record)));
 }
 
@@ -109,22 +108,30 @@ Napi::Value buffer(const Napi::CallbackInfo &info) {
 }
 
 // (destination, source): both contiguous and of one size. Copies that touch the GPU go on the stream of the source's,
-// or else the destination's, latest work, which is returned as an address.
+// or else the destination's, latest work, or on the one that is captured; it is returned as an address.
 Napi::Value copy(const Napi::CallbackInfo &info) {
   Environment &environment = Environment::of(info.Env());
   TensorRecord &destination = require_tensor(info, 0);
   TensorRecord &source = require_tensor(info, 1);
   const bool to_gpu = destination.dl.device.device_type == kDLCUDA;
   const bool from_gpu = source.dl.device.device_type == kDLCUDA;
-  void *stream = nullptr;
-  if (from_gpu || to_gpu) stream = environment.home_stream(from_gpu ? source : destination);
-  if (from_gpu) environment.follow(source, stream);
-  if (to_gpu) environment.follow(destination, stream);
+  StreamRef stream;
+  if (from_gpu || to_gpu) {
+    stream = environment.recording != nullptr ? environment.recording->stream
+                                              : environment.home_stream(from_gpu ? source : destination);
+  }
+  // The host's side of a copy has no stream of its own, but a graph must keep its memory.
+  const bool captured = stream.known() && environment.recording != nullptr;
+  if (from_gpu || captured) environment.follow(source, stream);
+  if (to_gpu || captured) environment.follow(destination, stream);
   const size_t nbytes = static_cast<size_t>(count_of(source.shape)) * (source.dl.dtype.bits / 8);
   environment.require(epmoe_copy(static_cast<char *>(destination.dl.data) + destination.dl.byte_offset,
                                  destination.dl.device, static_cast<char *>(source.dl.data) + source.dl.byte_offset,
-                                 source.dl.device, nbytes, stream));
-  return Napi::Number::New(info.Env(), static_cast<double>(reinterpret_cast<uintptr_t>(stream)));
+                                 source.dl.device, nbytes, stream.address));
+  // Freeing memory waits for its own GPU alone: let that one know of the copy.
+  const int32_t device_id = destination.dl.device.device_id;
+  if (to_gpu && stream.device_id != device_id) environment.follow(destination, environment.own_stream(device_id));
+  return Napi::Number::New(info.Env(), static_cast<double>(reinterpret_cast<uintptr_t>(stream.address)));
 }
 
 Napi::Array dtypes(Napi::Env env) {

@@ -5,9 +5,13 @@ results leave as a :class:`Box`. Neither raw ``None``, booleans and floats nor e
 layer miscounts references of the first, rounds the second and loses parts of the third.
 """
 
+import concurrent.futures
 import importlib
 import json
+import queue
 import sys
+import threading
+import time
 import traceback
 
 from epmoe.errors import EpmoeError
@@ -48,6 +52,13 @@ class JavaScriptError(Exception):
         self.token = token
 
 
+# How long, in seconds, a function of JavaScript's waits for JavaScript's thread to return from a wait of its own.
+patience = 10.0
+
+_javascript_thread = threading.get_ident()  # which imports this module
+_synchronous_calls = 0  # under way on it
+_waits = (threading.__file__, queue.__file__, concurrent.futures._base.__file__)  # frames of who waits for a thread
+
 inbox = []
 _attached = []
 _jobs = None  # the executor, once Node has asked for it
@@ -55,12 +66,16 @@ _jobs = None  # the executor, once Node has asked for it
 
 def call(operation, payload, objects):
     """Runs one operation; never raises. ``payload`` is the JSON of its arguments, which refer to ``objects``."""
+    global _synchronous_calls
+    _synchronous_calls += 1
     try:
         arguments = _decode(json.loads(payload), objects)
         result = _OPERATIONS[operation](*arguments)
         return result if isinstance(result, Box) else Box("object", result)
     except BaseException as error:
         return _failure(error)
+    finally:
+        _synchronous_calls -= 1
 
 
 def _failure(error):
@@ -105,6 +120,8 @@ def _decode(node, objects):
 
 def _callback(function):
     def callback(*args, **kwargs):
+        if threading.get_ident() != _javascript_thread:
+            _await_javascript()
         request = Box("request", (list(args), kwargs))
         function(request)
         if request.kind == "failure":
@@ -112,6 +129,25 @@ def _callback(function):
         return request.value
 
     return callback
+
+
+def _await_javascript():
+    """Waits until JavaScript's thread can run a function for this one.
+
+    It cannot while it is in a synchronous call. When that call itself waits for other threads, it may well wait for
+    this one, and both would wait forever.
+    """
+    since = None
+    while _synchronous_calls:
+        frame = sys._current_frames().get(_javascript_thread)
+        waits = frame is not None and frame.f_code.co_filename in _waits
+        since = (since or time.monotonic()) if waits else None
+        if since is not None and time.monotonic() - since > patience:
+            raise RuntimeError(
+                "a JavaScript function was called from a thread while JavaScript's own waits for threads in a "
+                "synchronous call: neither could go on. Make that call with callAsync() or methodAsync()"
+            )
+        time.sleep(0.001)
 
 
 def _answer(request, value):

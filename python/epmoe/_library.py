@@ -8,7 +8,7 @@ from pathlib import Path
 
 from epmoe.errors import EpmoeError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 KIND_TENSOR, KIND_INT, KIND_FLOAT, KIND_ENUM = range(4)
 VALUE_NONE, VALUE_TENSOR, VALUE_FOREIGN, VALUE_OBJECT, VALUE_INT, VALUE_FLOAT = range(6)

@@ -23,6 +23,8 @@ export function float(value: number): PythonFloat {
   return new PythonFloat(value)
 }
 
+const maxDepth = 200
+
 type Node = null | boolean | number | string | Node[] | { $: [string, unknown] }
 
 /** Arguments as one JSON text plus the Python objects it refers to. */
@@ -30,6 +32,8 @@ export class Encoder {
   readonly objects: PyObject[] = []
 
   constructor(private readonly runtime: Runtime) {}
+
+  #depth = 0
 
   text(args: readonly unknown[]): string {
     // Only ASCII crosses: the embedding layer truncates strings with characters beyond the basic plane.
@@ -66,19 +70,37 @@ export class Encoder {
     if (value instanceof PyRef) return this.#object('box', value.box)
     if (value instanceof Tensor) return this.#object('box', (value.toTorch() as PyRef).box)
     if (value instanceof PythonFloat) return { $: ['float', pythonFloat(value.value)] }
-    if (Array.isArray(value)) return value.map((item) => this.#node(item))
+    if (Array.isArray(value)) return this.#inner(() => value.map((item) => this.#node(item)))
     if (ArrayBuffer.isView(value)) {
       const { buffer, byteOffset, byteLength } = value
       return this.#object('object', this.runtime.memoryview(Buffer.from(buffer as ArrayBuffer, byteOffset, byteLength)))
     }
     if (value instanceof Map)
-      return { $: ['dict', [...value].map(([key, item]) => [this.#node(key), this.#node(item)])] }
+      return this.#inner(() => ({ $: ['dict', [...value].map(([key, item]) => [this.#node(key), this.#node(item)])] }))
     const prototype = Object.getPrototypeOf(value)
     if (prototype === Object.prototype || prototype === null) {
-      return { $: ['dict', Object.entries(value).map(([key, item]) => [key, this.#node(item)])] }
+      return this.#inner(() => ({ $: ['dict', Object.entries(value).map(([key, item]) => [key, this.#node(item)])] }))
     }
     if (this.runtime.isPyObject(value)) return this.#object('object', value)
     throw unsupported(value)
+  }
+
+  /** Python bounds the depth of recursion too. */
+  #inner(encode: () => Node): Node {
+    if (this.#depth === maxDepth) {
+      throw new EpmoeError({
+        code: 'ERR_PYTHON_ARGUMENT',
+        expected: `containers nested no deeper than ${maxDepth}`,
+        received: 'one that is deeper, or contains itself',
+        hint: 'Flatten it first',
+      })
+    }
+    this.#depth++
+    try {
+      return encode()
+    } finally {
+      this.#depth--
+    }
   }
 
   #object(tag: string, object: PyObject): Node {

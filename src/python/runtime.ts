@@ -13,7 +13,7 @@ export class Runtime {
   readonly #call: PyObject
   readonly #clear: PyObject
   readonly #textOf: PyObject
-  /** Errors thrown by JavaScript functions that Python called, until they come back. */
+  /** Errors thrown by JavaScript functions that Python called, until they come back; Python may also swallow them. */
   readonly #thrown = new Map<string, unknown>()
   #lastToken = 0
   readonly executor = new Executor(this)
@@ -87,6 +87,7 @@ export class Runtime {
       } catch (error) {
         const token = String(++this.#lastToken)
         this.#thrown.set(token, error)
+        if (this.#thrown.size > 1000) this.#thrown.delete(this.#thrown.keys().next().value as string)
         const message = error instanceof Error ? `${error.name}: ${error.message}` : String(error)
         this.run('fail', request, message, token).dispose()
       }

@@ -1,5 +1,6 @@
 import { type Device, type DType, postReorder, Stream, Tensor, type TypedArray } from 'epmoe'
 import type { PostReorderArguments } from '../../src/generated/ops.js'
+import { standIn } from './devices.js'
 
 /** Arguments of a small valid call: T = 3, K = 2, H = 8, all local, row r holding r + column / 8. */
 export function validCall(device: Device = 'cpu') {
@@ -42,4 +43,44 @@ export function read(tensor: Tensor): number[] {
 export function runPostReorder(args: PostReorderArguments, device: Device): void {
   postReorder(args)
   if (device !== 'cpu') Stream.own(device).synchronizeSync()
+}
+
+/** A tensor of bfloat16 ones. */
+export function ones(device: Device, shape: number[]): Tensor {
+  const count = shape.reduce((product, size) => product * size, 1)
+  return on(device, new Uint16Array(count).fill(0x3f80), shape, 'bfloat16')
+}
+
+/**
+ * Work on a GPU that takes long enough for later work on another stream to overtake it, were it not made to wait:
+ * `slow` sums rows of ones to 4 in every element of its output, `move` copies its input.
+ */
+export function overtakable(device: Device) {
+  // The stand-in's streams are as late as can be, so little work shows as much there.
+  const [T, K, H] = standIn ? [4, 8, 16] : [4096, 8, 7168]
+  const iota = (count: number) =>
+    on(
+      device,
+      Int32Array.from({ length: count }, (_, i) => i),
+      [count],
+    )
+  const rows = ones(device, [T * K, H])
+  const sum = { src2dst: iota(T * K), topkWeights: on(device, new Float32Array(T * K).fill(0.5), [T, K]) }
+  const copy = { src2dst: iota(T), topkWeights: on(device, new Float32Array(T).fill(1), [T, 1]) }
+  const zeros = () => Tensor.zeros([T, H], { dtype: 'bfloat16', device })
+  return {
+    zeros,
+    slow: (output: Tensor, stream: Stream) => postReorder({ downOutput: rows, output, ...sum, stream }),
+    move: (input: Tensor, output: Tensor, stream?: Stream) =>
+      postReorder({ downOutput: input, output, ...copy, ...(stream && { stream }) }),
+    /** The least element. */
+    least: (tensor: Tensor) => {
+      using host = tensor.toHostSync()
+      const bits = host.data as Uint16Array
+      return bits.reduce(
+        (least, each) => Math.min(least, new Float32Array(Uint32Array.of(each << 16).buffer)[0]!),
+        Infinity,
+      )
+    },
+  }
 }

@@ -1,5 +1,6 @@
+import type { Device } from 'epmoe'
 import { type PyRef, type Python, startPython } from 'epmoe'
-import { gpu } from './devices.js'
+import { gpu, standIn } from './devices.js'
 
 // Triton decides how to run when it is imported.
 if (gpu === undefined) process.env['TRITON_INTERPRET'] ??= '1'
@@ -16,3 +17,6 @@ export function valueOf(expression: string, names: Record<string, unknown> = {})
   using result = evaluate(expression, names)
   return result.toJS()
 }
+
+/** The first GPU, when torch reaches it as well. */
+export const torchGpu: Device | undefined = standIn ? undefined : gpu
