@@ -3,6 +3,7 @@ import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import test from 'ava'
+import { gpu } from './helpers/devices.js'
 
 const root = fileURLToPath(new URL('..', import.meta.url))
 const readme = readFileSync(join(root, 'README.md'), 'utf8')
@@ -33,8 +34,12 @@ test("the README's first program runs and says what it should", (t) => {
 })
 
 test("the README's layer runs", (t) => {
-  t.is(programs.length, 2)
+  t.is(programs.length, 3)
   t.is(outputOf(programs[1] ?? ''), 'torch.Size([16, 64])\n')
+})
+
+test("the README's graph is captured and replayed, where there is a GPU", (t) => {
+  t.is(outputOf(programs[2] ?? ''), gpu === undefined ? '' : '0,8,8,8,8,8,8,8,8\n')
 })
 
 test('every command line of the README that names a verb is one that exists', (t) => {
