@@ -32,6 +32,22 @@ if (gpu !== undefined) {
     t.deepEqual(read(call.output), validResult())
   })
 
+  test('work on a view is work on the tensor: reading either waits for what was launched on the other', async (t) => {
+    using stream = Stream.create(device)
+    const { zeros, slow, least } = overtakable(device)
+    for (let round = 0; round < 5; round++) {
+      using whole = zeros()
+      using view = whole.view(whole.shape)
+      slow(view, stream)
+      t.is(least(whole), 4)
+      using other = zeros()
+      using part = other.view(other.shape)
+      slow(other, stream)
+      t.is(least(part), 4)
+    }
+    await stream.synchronize()
+  })
+
   test('work on one tensor keeps its order across streams', async (t) => {
     using first = Stream.create(device)
     using second = Stream.create(device)

@@ -80,8 +80,9 @@ void Environment::follow(TensorRecord &record, StreamRef stream) {
     recording->foreign |= record.foreign;
     return;
   }
-  if (record.stream.known()) wait(stream, record.stream);
-  record.stream = stream;
+  StreamRef &last = record.storage->stream;
+  if (last.known()) wait(stream, last);
+  last = stream;
 }
 
 void Environment::wait(StreamRef stream, StreamRef awaited) {
@@ -91,7 +92,7 @@ void Environment::wait(StreamRef stream, StreamRef awaited) {
 
 StreamRef Environment::home_stream(const TensorRecord &record) {
   const int32_t device_id = record.dl.device.device_id;
-  if (record.stream.device_id == device_id) return record.stream;
+  if (const StreamRef &last = record.storage->stream; last.device_id == device_id) return last;
   return record.foreign && has_exchange() ? foreign_stream(device_id) : own_stream(device_id);
 }
 
@@ -110,7 +111,7 @@ StreamRef Environment::own_stream(int32_t device_id) {
 void Environment::forget_stream(StreamRef stream) {
   require(epmoe_stream_synchronize(stream.device_id, stream.address));
   for (Slot &slot : slots_) {
-    if (slot.record && slot.record->stream == stream) slot.record->stream = {};
+    if (slot.record && slot.record->storage->stream == stream) slot.record->storage->stream = {};
   }
 }
 

@@ -28,6 +28,15 @@ enum FrameKind { kNone = 0, kHandle, kObject, kInteger, kReal };
 
 class Environment;
 
+// A CUDA stream; the default one has the same address on every device.
+struct StreamRef {
+  int32_t device_id = -1;  // -1: none
+  void *address = nullptr;
+
+  bool known() const { return device_id >= 0; }
+  bool operator==(const StreamRef &other) const { return device_id == other.device_id && address == other.address; }
+};
+
 // Memory that one or more tensors view. Freed when the last tensor, ArrayBuffer and exported capsule let go.
 class Storage {
  public:
@@ -49,6 +58,9 @@ class Storage {
   size_t nbytes = 0;
   bool read_only = false;
   napi_ref buffer = nullptr;  // kBuffer: the JavaScript owner
+  // The stream of the last work on this memory, by whichever tensor. Work on another stream waits for it first, so that
+  // a tensor and its views may wander between epmoe's streams and the framework's without anybody having to think of it.
+  StreamRef stream;
 
  private:
   Storage(Environment &environment, Owner owner);
@@ -65,23 +77,11 @@ struct Outbox {
   bool closed = false;  // the environment is gone, and its references with it
 };
 
-// A CUDA stream; the default one has the same address on every device.
-struct StreamRef {
-  int32_t device_id = -1;  // -1: none
-  void *address = nullptr;
-
-  bool known() const { return device_id >= 0; }
-  bool operator==(const StreamRef &other) const { return device_id == other.device_id && address == other.address; }
-};
-
 struct TensorRecord {
   std::shared_ptr<Storage> storage;
   std::vector<int64_t> shape, strides;
   DLTensor dl{};
   bool foreign = false;  // memory of the framework behind the exchange table
-  // The stream of the last work on this tensor. Work on another stream waits for it first, so a tensor may wander
-  // between epmoe's streams and the framework's without anybody having to think of it.
-  StreamRef stream;
   napi_ref buffer = nullptr;  // weak: the ArrayBuffer handed out over this tensor
   double handle = 0;
 };

@@ -140,7 +140,7 @@ Napi::Value adopt(Environment &environment, Managed *managed) {
                       "Convert it with to() first");
   }
   if (record->dl.device.device_type == kDLCUDA && has_exchange()) {
-    record->stream = environment.foreign_stream(record->dl.device.device_id);
+    record->storage->stream = environment.foreign_stream(record->dl.device.device_id);
   }
   return describe(environment, environment.insert(std::move(record)));
 }

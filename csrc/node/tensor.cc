@@ -64,7 +64,6 @@ Napi::Value view(const Napi::CallbackInfo &info) {
                info[1].As<Napi::Number>().Int64Value() * (base.dl.dtype.bits / 8);
   auto record = make_record(base.storage, data, dtype_argument(info[3]).dl, shape_argument(info[2]));
   record->foreign = base.foreign;
-  record->stream = base.stream;
   return describe(environment, environment.insert(std::move(record)));
 }
 
