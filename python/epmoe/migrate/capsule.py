@@ -50,12 +50,11 @@ _FIELDS = {
 
 
 class CapsuleError(EpmoeError):
-    """A capsule that cannot be written or read; ``argument`` is the file, ``code`` is ``"ERR_CAPSULE"``."""
+    """A capsule that cannot be written or read; ``argument`` is the file, ``code`` is ``"ERR_CAPSULE"``, or
+    ``"ERR_NO_SAFETENSORS"`` where the package is missing."""
 
-    def __init__(self, path, expected, received, hint=""):
-        super().__init__(
-            "ERR_CAPSULE", op="capsule", argument=str(path), expected=expected, received=received, hint=hint
-        )
+    def __init__(self, path, expected, received, hint="", code="ERR_CAPSULE"):
+        super().__init__(code, op="capsule", argument=str(path), expected=expected, received=received, hint=hint)
 
 
 @dataclass
@@ -97,7 +96,11 @@ def _package(path):
         import safetensors.torch
     except ImportError as error:
         raise CapsuleError(
-            path, "the safetensors package", f"{type(error).__name__}: {error}", "Install it: pip install safetensors"
+            path,
+            "the safetensors package",
+            f"{type(error).__name__}: {error}",
+            "Install it: pip install safetensors",
+            "ERR_NO_SAFETENSORS",
         ) from None
     return safetensors.torch
 
