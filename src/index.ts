@@ -5,6 +5,18 @@ export type { DType, TypedArray } from './dtype.js'
 export { EpmoeError, PythonError } from './errors.js'
 export * from './generated/ops.js'
 export {
+  Shim,
+  type ShimEvent,
+  ShimEvents,
+  type ShimInstallation,
+  type ShimInstallOptions,
+  type ShimMode,
+  type ShimRecordOptions,
+  type ShimSettings,
+  type ShimStats,
+  shim,
+} from './migrate/shim.js'
+export {
   type MoeActivation,
   type MoeForwardArguments,
   type MoeLayer,

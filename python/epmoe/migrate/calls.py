@@ -56,6 +56,19 @@ def axes_of(op, tensors, scalars):
     return {**axes, "a1_scales": "T"} if scalars.get("scale_axis") == "token" else axes
 
 
+def label(op, tensors, scalars):
+    """A call's sizes in a few words: ``T=64, K=8, H=7168, bfloat16``."""
+    axes, found, dtype = axes_of(op, tensors, scalars), {}, ""
+    for name, tensor in tensors.items():
+        letters = axes.get(name, "")
+        for letter, size in zip(letters[::-1], tuple(tensor.shape)[::-1], strict=False):
+            if letter in "TKHX":
+                found.setdefault(letter, size)
+        if tensor.is_floating_point() and not dtype:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+    return ", ".join([*(f"{letter}={found[letter]}" for letter in "TKHX" if letter in found), *filter(None, [dtype])])
+
+
 def expert_range(op, tensors, scalars):
     """The first local expert and the number of them; None where a call has no experts by number."""
     ids = tensors.get(IDS[op])

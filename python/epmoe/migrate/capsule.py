@@ -10,11 +10,13 @@ Reading trusts nothing: a file that is cut short, changed or made up raises :cla
 """
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
 import os
 import re
+import shutil
 import stat
 import sys
 import threading
@@ -228,10 +230,11 @@ def _capsule(path, description, tensors):
 
 class Ring:
     """A folder of capsules of bounded size: where a new one has no room, the oldest go, recorded ones before those of a
-    mismatch. Other files in the folder are left alone. Threads and processes may share it."""
+    mismatch. Other files in the folder are left alone. Threads and processes may share it. Of the disk, at least
+    ``min_free_bytes`` are left to others."""
 
-    def __init__(self, folder, max_bytes=1 << 30):
-        self.folder, self.max_bytes = Path(folder), max_bytes
+    def __init__(self, folder, max_bytes=1 << 30, min_free_bytes=0):
+        self.folder, self.max_bytes, self.min_free_bytes = Path(folder), max_bytes, min_free_bytes
         self._lock = threading.Lock()
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(".tmp-*" + SUFFIX):  # by a process that ended while writing
@@ -265,5 +268,9 @@ class Ring:
                 with contextlib.suppress(FileNotFoundError):
                     path.unlink()
                 total -= size
+            free = shutil.disk_usage(self.folder).free
+            if free - len(data) < self.min_free_bytes:
+                told = f"{free} bytes are free, of which {self.min_free_bytes} are to be left"
+                raise OSError(errno.ENOSPC, told, str(self.folder))
             _write(self.folder / name, data)
         return self.folder / name
