@@ -131,13 +131,15 @@ def gelu_and_mul_triton_kernel(
 
 def run_moe_ep_preproess(topk_ids, num_experts):
     sorted_ids, order = topk_ids.view(-1).sort(stable=True)
-    bounds = torch.searchsorted(sorted_ids, torch.arange(num_experts, dtype=sorted_ids.dtype), right=True)
-    return sorted_ids, order.argsort().int(), torch.cat([torch.zeros(1, dtype=torch.int64), bounds])
+    experts = torch.arange(num_experts, dtype=sorted_ids.dtype, device=sorted_ids.device)
+    bounds = torch.searchsorted(sorted_ids, experts, right=True)
+    return sorted_ids, order.argsort().int(), torch.cat([bounds.new_zeros(1), bounds])
 
 def deepep_run_moe_deep_preprocess(topk_ids, num_experts):
     sorted_ids, order = topk_ids.view(-1).sort(stable=True)
     none = (sorted_ids < 0).sum()
-    bounds = torch.searchsorted(sorted_ids, torch.arange(num_experts + 1, dtype=sorted_ids.dtype))
+    experts = torch.arange(num_experts + 1, dtype=sorted_ids.dtype, device=sorted_ids.device)
+    bounds = torch.searchsorted(sorted_ids, experts)
     return sorted_ids[none:], order.argsort() - none, bounds - none
 
 def silu_and_mul_masked_post_quant_fwd(input, output, output_scale, quant_group_size, masked_m, scale_ue8m0=False):
@@ -191,7 +193,7 @@ def forward(x, topk_ids, weights, experts, first=0, last=None):
     last = experts - 1 if last is None else last
     (tokens, hidden), topk = x.shape, topk_ids.shape[1]
     order, src2dst, _ = run_moe_ep_preproess(topk_ids, experts)
-    rows = torch.full((tokens * topk, hidden), 7.0, dtype=x.dtype)
+    rows = torch.full((tokens * topk, hidden), 7.0, dtype=x.dtype, device=x.device)
     permute[(tokens,)](x, rows, src2dst, topk_ids, None, first, last, topk, hidden, 64, use_per_token_if_dynamic=False)
     wide = torch.cat([rows, torch.ones_like(rows)], 1)
     down = torch.full_like(rows, 7.0)

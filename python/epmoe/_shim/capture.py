@@ -24,7 +24,7 @@ MAX_STAGES = 1024
 MAX_KEPT_BYTES = 1 << 30
 REPLAYS, MISMATCHES, ELEMENTS = range(3)
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # finalisers take it wherever memory is asked for
 _counters = {}  # by device: int64 [MAX_STAGES, 3], and how many rows are taken
 _stages = []
 _kept_bytes = 0
