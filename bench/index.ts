@@ -1,8 +1,9 @@
-// npm run bench -- host | kernels | soak: what a call costs on the host, what the kernels reach on the GPU, and whether
-// memory stays flat under hours of mixed calls.
+// npm run bench -- host | kernels | ranks | soak: what a call costs on the host, what the kernels reach on the GPU, what
+// more ranks give, and whether memory stays flat under hours of mixed calls.
 const suites: Record<string, () => Promise<{ default: () => void | Promise<void> }>> = {
   host: () => import('./host.js'),
   kernels: () => import('./kernels.js'),
+  ranks: () => import('./ranks.js'),
   soak: () => import('./soak.js'),
 }
 

@@ -5,6 +5,15 @@ export type { DType, TypedArray } from './dtype.js'
 export { EpmoeError, PythonError } from './errors.js'
 export * from './generated/ops.js'
 export {
+  isMigrated,
+  type ScanBlocker,
+  type ScanOptions,
+  type ScanProblem,
+  type ScanReport,
+  type ScanSite,
+  scan,
+} from './migrate/scan.js'
+export {
   Shim,
   type ShimEvent,
   ShimEvents,
@@ -32,6 +41,12 @@ export { Python } from './python/python.js'
 export { PyRef } from './python/ref.js'
 export { type StartOptions, startPython } from './python/start.js'
 export type { Torch, TorchCuda, TorchDevice, TorchDType, TorchTensor } from './python/torch.js'
+export {
+  type ExpertParallelLayer,
+  type ExpertParallelOptions,
+  expertParallel,
+} from './ranks/expert-parallel.js'
+export { type JoinOptions, joinRanks, type RankGroup } from './ranks/group.js'
 export { scope } from './scope.js'
 export { Stream } from './stream.js'
 export { type Count, type Protocol, stats, Tensor, type TensorOptions } from './tensor.js'

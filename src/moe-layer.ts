@@ -97,9 +97,8 @@ export class MoeLayer implements Disposable {
 
   /** Returns output, or the tensor allocated for it. */
   forward(args: MoeForwardArguments): PyRef {
-    onlyKnown(args, argumentNames)
+    const axes = this.check(args)
     const { hiddenStates, topkIds, topkWeights, sharedOutput, residual } = args
-    const axes = this.#checked(args)
     const output = args.output ?? hiddenStates.method('new_empty', [axes.size('T'), axes.size('H')])
     const slots = axes.size('T') * axes.size('K')
     using ids = this.#table === undefined ? undefined : this.#localIds.call(topkIds, this.#table)
@@ -138,7 +137,9 @@ export class MoeLayer implements Disposable {
     return op({ gateupOutput, downInput, reorderTopkIds, numerics: this.#options.numerics })
   }
 
-  #checked(args: MoeForwardArguments): Axes {
+  /** @internal Throws for arguments that forward() would refuse; returns the lengths of their axes. */
+  check(args: MoeForwardArguments): Axes {
+    onlyKnown(args, argumentNames)
     const axes = this.#axes.copy()
     axes.check('hiddenStates', args.hiddenStates, ['T', 'H'], { plain: true })
     axes.check('topkIds', args.topkIds, ['T', 'K'], { dtypes: ['int32', 'int64'], plain: true })
@@ -150,7 +151,8 @@ export class MoeLayer implements Disposable {
   }
 }
 
-function weightAxes(options: MoeLayerOptions): Axes {
+/** Checks the weights against each other; returns the lengths of their axes. */
+export function weightAxes(options: MoeLayerOptions): Axes {
   const axes = new Axes('moeLayer')
   axes.check('w13', options.w13, ['E', 'N', 'H'], { dtypes: ['float32', 'float16', 'bfloat16'] })
   axes.check('w2', options.w2, ['E', 'H', 'I'])

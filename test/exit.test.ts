@@ -1,6 +1,7 @@
 import { spawn } from 'node:child_process'
 import { fileURLToPath } from 'node:url'
 import test from 'ava'
+import { inParallel } from './helpers/in-parallel.js'
 
 const root = fileURLToPath(new URL('..', import.meta.url))
 
@@ -89,20 +90,6 @@ const endings: Record<string, { body: string; code: number; said?: RegExp }> = {
     code: 1,
     said: /nobody awaits this/,
   },
-}
-
-// Each is a process of its own that imports torch; a few at a time is what the machine bears.
-let free = 3
-const waiting: (() => void)[] = []
-async function inParallel<Result>(work: () => Promise<Result>): Promise<Result> {
-  while (free === 0) await new Promise<void>((resolve) => waiting.push(resolve))
-  free--
-  try {
-    return await work()
-  } finally {
-    free++
-    waiting.shift()?.()
-  }
 }
 
 for (const [load, { start, finishes }] of Object.entries(loads)) {

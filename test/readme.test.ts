@@ -3,6 +3,7 @@ import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import test from 'ava'
+import { startPython } from 'epmoe'
 
 const root = fileURLToPath(new URL('..', import.meta.url))
 const readme = readFileSync(join(root, 'README.md'), 'utf8')
@@ -10,13 +11,14 @@ const readme = readFileSync(join(root, 'README.md'), 'utf8')
 const programs = [...readme.matchAll(/```ts\n([\s\S]*?)```/g)].map((match) => match[1] ?? '')
 
 /** Runs a program of the README below the checkout, where 'epmoe' is the package itself. */
-function outputOf(program: string): string {
+function outputOf(program: string, launcher: string[] = []): string {
   const folder = mkdtempSync(join(root, '.cache-readme-'))
   try {
     const file = join(folder, 'program.ts')
     writeFileSync(file, program)
     const args = ['--conditions=epmoe-source', '--import=tsx', file]
-    const { status, stdout, stderr } = spawnSync(process.execPath, args, { encoding: 'utf8' })
+    const [command = '', ...rest] = [...launcher, process.execPath, ...args]
+    const { status, stdout, stderr } = spawnSync(command, rest, { encoding: 'utf8' })
     if (status !== 0) throw new Error(stdout + stderr)
     return stdout
   } finally {
@@ -33,8 +35,21 @@ test("the README's first program runs and says what it should", (t) => {
 })
 
 test("the README's layer runs", (t) => {
-  t.is(programs.length, 2)
   t.is(outputOf(programs[1] ?? ''), 'torch.Size([16, 64])\n')
+})
+
+test("the README's ranks run under torchrun", (t) => {
+  t.is(programs.length, 3)
+  const { executable } = startPython()
+  process.env['EPMOE_PYTHON'] = executable
+  // NCCL would want a GPU for each rank.
+  process.env['CUDA_VISIBLE_DEVICES'] = ''
+  const torchrun = ['-m', 'torch.distributed.run', '--no-python', '--standalone', '--nproc-per-node', '2']
+  const stdout = outputOf(programs[2] ?? '', [executable, ...torchrun])
+  t.deepEqual(stdout.trim().split('\n').sort(), [
+    'rank 0 of 2: experts 0 to 5, torch.Size([0, 64])',
+    'rank 1 of 2: experts 6 to 10, torch.Size([5, 64])',
+  ])
 })
 
 test('every command line of the README that names a verb is one that exists', (t) => {

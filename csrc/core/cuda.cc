@@ -57,11 +57,14 @@ Device &device(int32_t device_id) {
     }
     const OutsideCapture outside;
     const DeviceGuard guard(device_id);
+    int cc_major = 0;
     int sm_count = 0;
     int l2_bytes = 0;
+    expect_success(cudaDeviceGetAttribute(&cc_major, cudaDevAttrComputeCapabilityMajor, device_id),
+                   "reading the compute capability");
     expect_success(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device_id), "reading SM count");
     expect_success(cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, device_id), "reading L2 size");
-    slot.facts = {sm_count, l2_bytes};
+    slot.facts = {cc_major, sm_count, l2_bytes};
     void *status = nullptr;
     expect_success(cudaHostAlloc(&status, sizeof(StatusWord), cudaHostAllocMapped | cudaHostAllocPortable),
                    "allocating the status word");

@@ -33,6 +33,7 @@ class DeviceGuard {
 
 // Facts a launch needs, read once per device.
 struct Facts {
+  int cc_major;
   int sm_count;
   int64_t l2_bytes;
 };

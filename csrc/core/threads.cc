@@ -1,5 +1,6 @@
 #include "core/threads.h"
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -113,7 +114,9 @@ Pool *pool() {
 void detail::parallel_ranges(int64_t count, int64_t grain, const void *body, Range range) {
   if (count <= 0) return;
   if (grain < 1) grain = 1;
-  if (count <= grain || epmoe_cpu_threads() == 1) return range(body, 0, count);
+  const int threads = epmoe_cpu_threads();
+  if (count <= grain || threads == 1) return range(body, 0, count);
+  grain = std::max<int64_t>(grain, count / (12 * threads));
   Pool *workers = pool();
   const std::unique_lock<std::mutex> lock(workers->in_use(), std::try_to_lock);
   if (!lock.owns_lock()) return range(body, 0, count);

@@ -140,15 +140,34 @@ __device__ __forceinline__ void store(T *destination, const Vector<T, N> &vector
   }
 }
 
-// An int32 or int64 index; the branch is uniform, and cheaper than a kernel for each combination.
-__device__ __forceinline__ int64_t load_index(const void *data, bool is_int64, int64_t i) {
-  return is_int64 ? __ldg(static_cast<const long long *>(data) + i) : __ldg(static_cast<const int *>(data) + i);
+// An element of an int32 or int64 tensor as it lies in memory. Loading comes apart from reading, so that a kernel can
+// have all its loads under way before the first value is asked for. Absent tensors load nothing.
+struct RawIndex {
+  int32_t low = 0, high = 0;
+};
+
+__device__ __forceinline__ RawIndex load_raw(const void *data, bool is_int64, int64_t i) {
+  const auto *words = static_cast<const int32_t *>(data);
+  RawIndex raw;
+  if (data != nullptr) raw.low = __ldg(words + (is_int64 ? 2 * i : i));
+  if (data != nullptr && is_int64) raw.high = __ldg(words + 2 * i + 1);
+  return raw;
 }
 
-// Reports an index that was skipped; the first offender wins, later ones are dropped.
-static __device__ __forceinline__ void report_index(cuda::StatusWord *word, int32_t op_index, int32_t param,
-                                                    int64_t token, int64_t slot, int64_t value, int64_t begin,
-                                                    int64_t end) {
+__device__ __forceinline__ int64_t index_of(RawIndex raw, bool is_int64) {
+  const int32_t high = is_int64 ? raw.high : raw.low >> 31;
+  return static_cast<int64_t>(static_cast<uint64_t>(static_cast<uint32_t>(high)) << 32 |
+                              static_cast<uint32_t>(raw.low));
+}
+
+__device__ __forceinline__ int64_t load_index(const void *data, bool is_int64, int64_t i) {
+  return index_of(load_raw(data, is_int64, i), is_int64);
+}
+
+// Reports an index that was skipped; the first offender wins, later ones are dropped. A call, so that what hardly ever
+// runs does not take up instruction cache: a small kernel's time is to a good part the fetching of its code.
+static __device__ __noinline__ void report_index(cuda::StatusWord *word, int32_t op_index, int32_t param, int64_t token,
+                                                 int64_t slot, int64_t value, int64_t begin, int64_t end) {
   if (atomicCAS(&word->claim, 0ull, 1ull) != 0ull) return;
   word->op_index = op_index;
   word->param = param;
@@ -176,7 +195,18 @@ inline int threads_for(int64_t groups) {
   return best;
 }
 
+// Waits for what the stream was given before this kernel, which may still be running: the first step of every kernel
+// that Kernel::launch() starts, before it touches global memory. Nothing triggers kernels early by hand: measured,
+// blocks that wait on an SM take more from the kernel before than their head start gives.
+__device__ __forceinline__ void wait_for_earlier_work() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 inline bool aligned16(const void *pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+constexpr size_t kMostShared = 96 * 1024;
 
 // A kernel as launches name it. The runtime looks a function's address up at every launch; the handle that look-up
 // gives is kept, which saves a good part of a microsecond.
@@ -184,24 +214,34 @@ class Kernel {
  public:
   explicit Kernel(const void *function) : function_(function) {}
 
+  // Starts while the kernel before it ends, where the GPU can: wait_for_earlier_work() must be the kernel's first step.
   // Parameters must have the very types of the kernel's.
   template <typename... Parameters>
-  void launch(dim3 grid, dim3 block, void *stream, size_t shared, const Parameters &...parameters) {
-    void *pointers[] = {const_cast<Parameters *>(&parameters)...};
-    cuda::expect_success(cudaLaunchKernel(handle(), grid, block, pointers, shared, static_cast<cudaStream_t>(stream)),
-                         "launching a kernel");
+  void launch(const Call &call, dim3 grid, dim3 block, size_t shared, const Parameters &...parameters) {
+    Attributes attributes;
+    attributes.early(cuda::facts(call.device.device_id).cc_major >= 9);
+    launch_with(attributes, call, grid, block, shared, parameters...);
+  }
+
+  // Likewise as one cluster of blocks, which may read each other's shared memory; compute capability 9.0 and later.
+  template <typename... Parameters>
+  void launch_cluster(const Call &call, unsigned blocks, dim3 block, size_t shared, const Parameters &...parameters) {
+    Attributes attributes;
+    attributes.early(true);
+    attributes.cluster(blocks);
+    launch_with(attributes, call, dim3(blocks), block, shared, parameters...);
   }
 
   // All blocks run at once and may wait for each other; no more than resident_blocks() an SM.
   template <typename... Parameters>
-  void launch_cooperative(dim3 grid, dim3 block, void *stream, size_t shared, const Parameters &...parameters) {
-    void *pointers[] = {const_cast<Parameters *>(&parameters)...};
-    cuda::expect_success(
-        cudaLaunchCooperativeKernel(handle(), grid, block, pointers, shared, static_cast<cudaStream_t>(stream)),
-        "launching a cooperative kernel");
+  void launch_cooperative(const Call &call, dim3 grid, dim3 block, size_t shared, const Parameters &...parameters) {
+    Attributes attributes;
+    attributes.together();
+    launch_with(attributes, call, grid, block, shared, parameters...);
   }
 
-  int resident_blocks(unsigned threads, size_t shared) {
+  int resident_blocks(int32_t device_id, unsigned threads, size_t shared) {
+    allow_shared(device_id, shared);
     int blocks = 0;
     cuda::expect_success(
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function_, static_cast<int>(threads), shared),
@@ -210,6 +250,56 @@ class Kernel {
   }
 
  private:
+  class Attributes {
+   public:
+    void early(bool possible) {
+      if (possible) add(cudaLaunchAttributeProgrammaticStreamSerialization).programmaticStreamSerializationAllowed = 1;
+    }
+    void cluster(unsigned blocks) {
+      auto &value = add(cudaLaunchAttributeClusterDimension).clusterDim;
+      value.x = blocks;
+      value.y = value.z = 1;
+    }
+    void together() { add(cudaLaunchAttributeCooperative).cooperative = 1; }
+    cudaLaunchAttribute *data() { return items_; }
+    unsigned count() const { return count_; }
+
+   private:
+    cudaLaunchAttributeValue &add(cudaLaunchAttributeID id) {
+      items_[count_].id = id;
+      return items_[count_++].val;
+    }
+    cudaLaunchAttribute items_[2]{};
+    unsigned count_ = 0;
+  };
+
+  template <typename... Parameters>
+  void launch_with(Attributes &attributes, const Call &call, dim3 grid, dim3 block, size_t shared,
+                   const Parameters &...parameters) {
+    allow_shared(call.device.device_id, shared);
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = static_cast<cudaStream_t>(call.stream);
+    config.attrs = attributes.data();
+    config.numAttrs = attributes.count();
+    void *pointers[] = {const_cast<Parameters *>(&parameters)...};
+    cuda::expect_success(cudaLaunchKernelExC(&config, handle(), pointers), "launching a kernel");
+  }
+
+  // More shared memory than every GPU gives a block has to be asked for, once for each device. kMostShared is what
+  // those of compute capability 8.0 and later have at least.
+  void allow_shared(int32_t device_id, size_t shared) {
+    if (shared <= 48 * 1024) return;
+    const uint64_t bit = uint64_t{1} << device_id;
+    if ((allowed_.load(std::memory_order_relaxed) & bit) != 0) return;
+    cuda::expect_success(
+        cudaFuncSetAttribute(function_, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMostShared)),
+        "asking for shared memory");
+    allowed_.fetch_or(bit, std::memory_order_relaxed);
+  }
+
   const void *handle() {
     cudaKernel_t kernel = kernel_.load(std::memory_order_relaxed);
     if (kernel == nullptr) {
@@ -220,6 +310,7 @@ class Kernel {
   }
 
   const void *function_;
+  std::atomic<uint64_t> allowed_{0};  // a bit a device
   std::atomic<cudaKernel_t> kernel_{nullptr};
 };
 

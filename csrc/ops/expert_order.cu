@@ -1,6 +1,7 @@
-// The order of slots by expert on CUDA. Each warp counts a run of slots in its own row of a table in shared memory;
-// running sums over warps (and blocks) and over experts turn counts into positions; a second pass places the slots.
-// Equal ids within a warp find each other by match_any, so that order is kept without atomics.
+// The order of slots by expert on CUDA. Each warp counts a run of slots in its own row of a table in shared memory, and
+// keeps each slot's rank in the run; running sums over warps (and blocks) and over experts turn ranks into positions.
+// Equal ids within a warp find each other by setting their lane's bit in a word of the id: order is kept, and it costs
+// a fraction of match_any.
 #include <cooperative_groups.h>
 
 #include <algorithm>
@@ -11,8 +12,17 @@
 namespace epmoe::expert_order {
 namespace {
 
-constexpr int kMaxWarps = 16;
-constexpr int kBlockSlots = 8192;  // what one block counts before more blocks pay for their synchronisation
+constexpr int kThreads = 1024;
+constexpr int kWarps = kThreads / 32;
+constexpr int kMaxRuns = 16;           // of a block, a warp each: more would take longer to add up than they save
+constexpr int kRunSlots = 128;         // what a run has at least, as long as there are fewer than that
+constexpr int kBlockSlots = 2048;      // what one block does before more pay for their synchronisation
+constexpr int kClusterBlocks = 8;      // that Hopper lets read each other's shared memory
+constexpr int kClusterSlots = 65536;   // what they do before more blocks pay for a slower synchronisation
+constexpr int kGridBlockSlots = 4096;  // a block's share when there are many
+constexpr int kMostKept = 8192;        // slots of a block that shared memory keeps
+constexpr int kMaxRanks = 1 << 20;     // beside a bucket in one word
+constexpr unsigned kWarp = 0xffffffffu;
 
 struct Arguments {
   const void *topk_ids;
@@ -27,7 +37,8 @@ struct Arguments {
   int32_t *scratch;  // [blocks][buckets]: memory of src2dst, which is written last
   int64_t row_count, m_max;
   int32_t slots, topk, experts;
-  int32_t slots_per_warp;  // a multiple of 32
+  int32_t runs;           // warps of a block that count
+  int32_t slots_per_run;  // a multiple of 32
   int32_t op_index, ids_param, limit_param;
   bool ids_int64, src2dst_int64, drop_negatives;
 };
@@ -39,11 +50,15 @@ __device__ __forceinline__ void store_index(void *data, bool is_int64, int64_t i
     static_cast<int *>(data)[i] = static_cast<int>(value);
 }
 
+__device__ __forceinline__ gpu::RawIndex load_id(const Arguments &a, int slot, int end) {
+  return gpu::load_raw(slot < end ? a.topk_ids : nullptr, a.ids_int64, slot);
+}
+
 // 0 for -1 and for what is out of range, e + 1 for expert e; -1 past the end.
 template <bool kReport>
-__device__ __forceinline__ int bucket_of(const Arguments &a, int slot, int end) {
+__device__ __forceinline__ int bucket_of(const Arguments &a, gpu::RawIndex raw, int slot, int end) {
   if (slot >= end) return -1;
-  const int64_t id = gpu::load_index(a.topk_ids, a.ids_int64, slot);
+  const int64_t id = gpu::index_of(raw, a.ids_int64);
   if (id >= 0 && id < a.experts) return static_cast<int>(id) + 1;
   if (kReport && id != -1) {
     gpu::report_index(a.status, a.op_index, a.ids_param, slot / a.topk, slot % a.topk, id, -1, a.experts);
@@ -51,29 +66,69 @@ __device__ __forceinline__ int bucket_of(const Arguments &a, int slot, int end) 
   return 0;
 }
 
-// Exclusive running sum of n values, by one warp; no sum is told as more than `most`.
-template <typename Value>
-__device__ void exclusive_scan(int n, int32_t *out, int64_t most, const Value &value) {
-  const int lane = threadIdx.x % 32;
-  int64_t carry = 0;
-  for (int first = 0; first < n; first += 32) {
-    const int i = first + lane;
-    const int64_t own = i < n ? value(i) : 0;
-    int64_t sum = own;
+// What blocks that count together wait by.
+enum Together { kAlone, kCluster, kGrid };
+
+// Shared memory: marks[runs][buckets] and table[runs][buckets], five tables [buckets], and kept[slots of the block].
+struct Shared {
+  uint32_t *marks;
+  int32_t *table;
+  int32_t *count, *before;         // of all slots: how many a bucket has, and how many are in earlier ones
+  int32_t *block_count, *earlier;  // of a bucket: how many in this block, and how many in earlier blocks
+  int32_t *reserved_before;
+  int32_t *kept;
+};
+constexpr int kTables = 5;
+
+// Inclusive running sum over the warp.
+template <typename Sum>
+__device__ __forceinline__ Sum warp_scan(Sum sum) {
 #pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int64_t other = __shfl_up_sync(0xffffffffu, sum, step);
-      if (lane >= step) sum += other;
-    }
-    if (i < n) out[i] = static_cast<int32_t>(min(most, carry + sum - own));
-    carry += __shfl_sync(0xffffffffu, sum, 31);
+  for (int step = 1; step < 32; step *= 2) {
+    const Sum other = __shfl_up_sync(kWarp, sum, step);
+    if (static_cast<int>(threadIdx.x % 32) >= step) sum += other;
+  }
+  return sum;
+}
+
+// Exclusive running sum of n values by the whole block; no sum is told as more than `most`.
+template <typename Sum, typename Value>
+__device__ __forceinline__ void exclusive_scan(int n, int32_t *out, int64_t most, const Value &value) {
+  __shared__ Sum total_of[kWarps];
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  Sum carry = 0;
+#pragma unroll 1
+  for (int first = 0; first < n; first += kThreads) {
+    const int i = first + threadIdx.x;
+    const Sum own = i < n ? value(i) : 0;
+    const Sum sum = warp_scan(own);
+    if (lane == 31) total_of[warp] = sum;
+    __syncthreads();
+    const Sum totals = warp_scan(total_of[lane]);
+    const Sum earlier = __shfl_sync(kWarp, totals, warp == 0 ? 0 : warp - 1);
+    const Sum begin = carry + (warp == 0 ? 0 : earlier) + sum - own;
+    if (i < n) out[i] = static_cast<int32_t>(min(most, static_cast<int64_t>(begin)));
+    carry += __shfl_sync(kWarp, totals, 31);
+    __syncthreads();
   }
 }
 
-// Shared memory: table[warps][buckets], count[buckets], before[buckets], and reserved_before[buckets] if asked for.
-struct Shared {
-  int32_t *table, *count, *before, *reserved_before;
-};
+// How many earlier slots of the run have this slot's bucket. All lanes of the warp call it; -1 counts nowhere.
+__device__ __forceinline__ int rank_in_run(uint32_t *marks, int32_t *table, int bucket) {
+  const unsigned lane = threadIdx.x % 32;
+  if (bucket >= 0) atomicOr(marks + bucket, 1u << lane);
+  __syncwarp();
+  const uint32_t peers = bucket >= 0 ? marks[bucket] : 0;
+  const int32_t before = bucket >= 0 ? table[bucket] : 0;
+  __syncwarp();
+  if (bucket >= 0 && peers >> lane == 1) {  // the last of them
+    table[bucket] = before + __popc(peers);
+    marks[bucket] = 0;
+  }
+  __syncwarp();
+  return before + __popc(peers & ((1u << lane) - 1));
+}
 
 __device__ __forceinline__ int32_t reservation(const Arguments &a, int bucket) {
   return bucket == 0 ? 0 : max(0, a.reserved[bucket - 1]);
@@ -92,7 +147,7 @@ __device__ void fill_m_indices(const Arguments &a, const Shared &s, int first_wa
 __device__ void write_tables(const Arguments &a, const Shared &s) {
   const int32_t dropped = a.drop_negatives ? s.count[0] : 0;
   if (threadIdx.x == 0 && a.seg_indptr != nullptr) a.seg_indptr[0] = 0;
-  for (int e = threadIdx.x; e < a.experts; e += blockDim.x) {
+  for (int e = threadIdx.x; e < a.experts; e += kThreads) {
     const int32_t count = s.count[e + 1];
     if (a.seg_indptr != nullptr) a.seg_indptr[e + 1] = s.before[e + 1] + count - dropped;
     if (a.masked_m != nullptr) a.masked_m[e] = a.m_max > 0 && count > a.m_max ? static_cast<int32_t>(a.m_max) : count;
@@ -100,8 +155,29 @@ __device__ void write_tables(const Arguments &a, const Shared &s) {
   }
 }
 
+// Where the slots of a bucket are in the order: packed one after the other, with those of -1 first or, dropped, last.
+__device__ __forceinline__ int first_of(const Arguments &a, const Shared &s, int bucket) {
+  if (!a.drop_negatives) return s.before[bucket];
+  return bucket == 0 ? a.slots - s.count[0] : s.before[bucket] - s.count[0];
+}
+
+// A segment an expert, at least eight lanes (a memory sector) side by side: from the slots' side every one of these
+// stores would be a transaction of its own. `first` and `step` count threads.
+__device__ __forceinline__ void fill_reorder_topk_ids(const Arguments &a, const Shared &s, int first, int step) {
+  const int log_lanes = max(3, 31 - __clz(step / (a.experts + 1) | 1));
+  const int lanes = 1 << log_lanes;
+#pragma unroll 1
+  for (int b = first >> log_lanes; b <= a.experts; b += step >> log_lanes) {
+    const int begin = first_of(a, s, b);
+    const int count = s.count[b];
+    for (int i = first & (lanes - 1); i < count; i += lanes) {
+      store_index(a.reorder_topk_ids, a.ids_int64, begin + i, b - 1);
+    }
+  }
+}
+
+// A slot is the `position`th of its bucket.
 __device__ __forceinline__ void place(const Arguments &a, const Shared &s, int slot, int bucket, int position) {
-  const int invalid = s.count[0];
   int64_t row;
   int64_t limit = INT64_MAX;
   if (a.reserved != nullptr) {
@@ -111,7 +187,7 @@ __device__ __forceinline__ void place(const Arguments &a, const Shared &s, int s
     row = (bucket - 1) * a.m_max + position;
     limit = bucket == 0 ? 0 : a.m_max;
   } else {
-    row = s.before[bucket] + position - (a.drop_negatives ? invalid : 0);
+    row = s.before[bucket] + position - (a.drop_negatives ? s.count[0] : 0);
   }
   if (position >= limit) {
     if (bucket != 0) {
@@ -120,100 +196,160 @@ __device__ __forceinline__ void place(const Arguments &a, const Shared &s, int s
     row = -1;
   }
   store_index(a.src2dst, a.src2dst_int64, slot, row);
-  if (a.reorder_topk_ids == nullptr) return;
-  int at = s.before[bucket] + position;
-  if (a.drop_negatives) at = bucket == 0 ? a.slots - invalid + position : at - invalid;
-  store_index(a.reorder_topk_ids, a.ids_int64, at, bucket - 1);
 }
 
-// Blocks beyond `counting` fill m_indices alone.
-template <bool kCooperative>
-__global__ void __launch_bounds__(32 * kMaxWarps) kernel(const Arguments a, int counting) {
-  extern __shared__ int32_t memory[];
-  const int warps = blockDim.x / 32;
+// The sums of earlier runs, instead of the runs' own; block_count receives the block's.
+__device__ __forceinline__ void sum_runs(const Arguments &a, const Shared &s, int buckets) {
+  for (int b = threadIdx.x; b < buckets; b += kThreads) {
+    int32_t counts[kMaxRuns];
+#pragma unroll
+    for (int run = 0; run < kMaxRuns; ++run) counts[run] = run < a.runs ? s.table[run * buckets + b] : 0;
+    int32_t sum = 0;
+#pragma unroll
+    for (int run = 0; run < kMaxRuns; ++run) {
+      if (run < a.runs) s.table[run * buckets + b] = sum;
+      sum += counts[run];
+    }
+    s.block_count[b] = sum;
+  }
+}
+
+// The buckets of a run's slots, four loads under way at a time.
+__device__ __forceinline__ void keep_buckets(const Arguments &a, int32_t *kept, int begin, int end) {
+  constexpr int kTogether = 4;
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int first = begin; first < end; first += 32 * kTogether) {
+    gpu::RawIndex raw[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) raw[i] = load_id(a, first + 32 * i + lane, end);
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int slot = first + 32 * i + lane;
+      if (slot < end) kept[slot - begin] = bucket_of<true>(a, raw[i], slot, end);
+    }
+  }
+}
+
+// What earlier blocks and all blocks counted. count_of(block, bucket) is what a block counted.
+template <typename CountOf>
+__device__ __forceinline__ void sum_blocks(const Shared &s, int buckets, int blocks, const CountOf &count_of) {
+  for (int b = threadIdx.x; b < buckets; b += kThreads) {
+    int32_t sum = 0;
+    int32_t earlier = 0;
+#pragma unroll 8
+    for (int block = 0; block < blocks; ++block) {
+      if (block == static_cast<int>(blockIdx.x)) earlier = sum;
+      sum += count_of(block, b);
+    }
+    s.earlier[b] = earlier;
+    s.count[b] = sum;
+  }
+}
+
+// kKeep: the slots' buckets and ranks fit into shared memory; otherwise they are found twice. Loops stay rolled: with
+// one block at work, code that runs once takes longer to fetch than to execute. Blocks beyond `counting` fill m_indices
+// alone.
+template <bool kKeep, Together kTogether>
+__global__ void __launch_bounds__(kThreads, 1) kernel(const Arguments a, int counting) {
+  extern __shared__ __align__(16) int32_t memory[];
   const int warp = threadIdx.x / 32;
-  const unsigned lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32;
   const int buckets = a.experts + 1;
   Shared s;
-  s.table = memory;
-  s.count = s.table + warps * buckets;
+  s.marks = reinterpret_cast<uint32_t *>(memory);
+  s.table = memory + a.runs * buckets;
+  s.count = s.table + a.runs * buckets;
   s.before = s.count + buckets;
-  s.reserved_before = s.before + buckets;
-
-  if (a.reserved != nullptr && warp == warps - 1) {
-    exclusive_scan(buckets, s.reserved_before, a.row_count, [&](int b) { return reservation(a, b); });
+  s.block_count = s.before + buckets;
+  s.earlier = s.block_count + buckets;
+  s.reserved_before = s.earlier + buckets;
+  s.kept = s.reserved_before + buckets;
+#pragma unroll 1
+  for (int i = threadIdx.x; 2 * i < a.runs * buckets; i += kThreads) {
+    reinterpret_cast<int4 *>(memory)[i] = make_int4(0, 0, 0, 0);  // reaches into count at most, which comes later
   }
+  if (kTogether != kGrid) gpu::wait_for_earlier_work();
+
+  const bool counts = static_cast<int>(blockIdx.x) < counting && warp < a.runs;
+  const int begin = counts ? min(a.slots, static_cast<int>(blockIdx.x * a.runs + warp) * a.slots_per_run) : a.slots;
+  const int end = min(a.slots, begin + a.slots_per_run);
+  uint32_t *marks = s.marks + warp * buckets;
+  int32_t *own = s.table + warp * buckets;
+  int32_t *kept = s.kept + warp * a.slots_per_run;
+  if (kKeep) keep_buckets(a, kept, begin, end);
+  if (a.reserved != nullptr) {
+    exclusive_scan<int64_t>(buckets, s.reserved_before, a.row_count, [&](int b) { return reservation(a, b); });
+  }
+  __syncthreads();
   if (static_cast<int>(blockIdx.x) >= counting) {
-    __syncthreads();
-    fill_m_indices(a, s, (blockIdx.x - counting) * warps + warp, (gridDim.x - counting) * warps);
+    fill_m_indices(a, s, (blockIdx.x - counting) * kWarps + warp, (gridDim.x - counting) * kWarps);
     return;
   }
-  for (int i = threadIdx.x; i < warps * buckets; i += blockDim.x) s.table[i] = 0;
-  __syncthreads();
 
-  int32_t *own = s.table + warp * buckets;
-  const int begin = min(a.slots, static_cast<int>((blockIdx.x * warps + warp)) * a.slots_per_warp);
-  const int end = min(a.slots, begin + a.slots_per_warp);
-#pragma unroll 4
+#pragma unroll 1
   for (int first = begin; first < end; first += 32) {
-    const int bucket = bucket_of<true>(a, first + static_cast<int>(lane), end);
-    const unsigned peers = __match_any_sync(0xffffffffu, bucket);
-    if (bucket >= 0 && (peers & ((1u << lane) - 1)) == 0) own[bucket] += __popc(peers);
-    __syncwarp();
+    const int slot = first + lane;
+    int bucket = -1;
+    if (kKeep && slot < end) bucket = kept[slot - begin];
+    if (!kKeep) bucket = bucket_of<true>(a, load_id(a, slot, end), slot, end);
+    const int rank = rank_in_run(marks, own, bucket);
+    if (kKeep && slot < end) kept[slot - begin] = bucket * kMaxRanks + rank;
   }
   __syncthreads();
 
-  for (int b = threadIdx.x; b < buckets; b += blockDim.x) {
-    int32_t sum = 0;
-    for (int w = 0; w < warps; ++w) {
-      const int32_t count = s.table[w * buckets + b];
-      s.table[w * buckets + b] = sum;
-      sum += count;
-    }
-    s.count[b] = sum;
-    if (kCooperative) a.scratch[blockIdx.x * buckets + b] = sum;
-  }
-  if (kCooperative) {
-    cooperative_groups::this_grid().sync();
-    for (int b = threadIdx.x; b < buckets; b += blockDim.x) {
-      int32_t sum = 0;
-      int32_t earlier = 0;
-#pragma unroll 8
-      for (int block = 0; block < counting; ++block) {
-        if (block == static_cast<int>(blockIdx.x)) earlier = sum;
-        sum += __ldcg(a.scratch + block * buckets + b);
-      }
-      for (int w = 0; w < warps; ++w) s.table[w * buckets + b] += earlier;
-      s.count[b] = sum;
-    }
-    cooperative_groups::this_grid().sync();
+  sum_runs(a, s, buckets);
+  const auto scan_counts = [&] {
+    exclusive_scan<int32_t>(buckets, s.before, INT32_MAX, [&](int b) { return s.count[b]; });
+  };
+  if constexpr (kTogether == kGrid) {
+    auto grid = cooperative_groups::this_grid();
+    for (int b = threadIdx.x; b < buckets; b += kThreads) a.scratch[blockIdx.x * buckets + b] = s.block_count[b];
+    grid.sync();
+    sum_blocks(s, buckets, counting, [&](int block, int b) { return __ldcg(a.scratch + block * buckets + b); });
+    auto read = grid.barrier_arrive();  // src2dst is written once every block has read its counts there
+    scan_counts();
+    grid.barrier_wait(std::move(read));
+  } else if constexpr (kTogether == kCluster) {
+#if __CUDA_ARCH__ >= 900
+    auto cluster = cooperative_groups::this_cluster();
+    cluster.sync();
+    sum_blocks(s, buckets, counting, [&](int block, int b) {
+      return *cluster.map_shared_rank(s.block_count + b, static_cast<unsigned>(block));
+    });
+    cluster.barrier_arrive();  // a block's memory has to last until the others have read it
+    scan_counts();
+#endif
   } else {
-    __syncthreads();
+    sum_blocks(s, buckets, 1, [&](int, int b) { return s.block_count[b]; });
+    scan_counts();
   }
-  if (warp == 0) {
-    exclusive_scan(buckets, s.before, INT32_MAX, [&](int b) { return s.count[b]; });
-  }
-  __syncthreads();
 
   if (blockIdx.x == 0) write_tables(a, s);
-  if (kCooperative && a.m_indices != nullptr) {
-    fill_m_indices(a, s, blockIdx.x * warps + warp, gridDim.x * warps);
+  if (kTogether != kAlone && a.m_indices != nullptr) {
+    fill_m_indices(a, s, blockIdx.x * kWarps + warp, gridDim.x * kWarps);
   }
-#pragma unroll 2
+  if (a.reorder_topk_ids != nullptr) {
+    fill_reorder_topk_ids(a, s, blockIdx.x * kThreads + threadIdx.x, counting * kThreads);
+  }
+#pragma unroll 1
   for (int first = begin; first < end; first += 32) {
-    const int slot = first + static_cast<int>(lane);
-    const int bucket = bucket_of<false>(a, slot, end);
-    const unsigned peers = __match_any_sync(0xffffffffu, bucket);
-    const int leader = __ffs(peers) - 1;
+    const int slot = first + lane;
+    int bucket = -1;
     int position = 0;
-    if (bucket >= 0 && leader == static_cast<int>(lane)) {
-      position = own[bucket];
-      own[bucket] = position + __popc(peers);
+    if (kKeep) {
+      if (slot < end) bucket = kept[slot - begin] / kMaxRanks;
+      if (slot < end) position = s.earlier[bucket] + own[bucket] + kept[slot - begin] % kMaxRanks;
+    } else {
+      bucket = bucket_of<false>(a, load_id(a, slot, end), slot, end);
+      position = rank_in_run(marks, own, bucket);
+      if (bucket >= 0) position += s.earlier[bucket];
     }
-    position = __shfl_sync(0xffffffffu, position, leader) + __popc(peers & ((1u << lane) - 1));
     if (bucket >= 0) place(a, s, slot, bucket, position);
-    __syncwarp();
   }
+#if __CUDA_ARCH__ >= 900
+  if constexpr (kTogether == kCluster) cooperative_groups::this_cluster().barrier_wait();
+#endif
 }
 
 int32_t divide_up(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1) / b); }
@@ -246,24 +382,45 @@ void run_cuda(const Problem &p) {
   a.src2dst_int64 = p.src2dst_int64;
   a.drop_negatives = p.drop_negatives;
 
-  constexpr int kSharedBytes = 48 * 1024;  // what a block gets on every GPU without asking
-  const int fitting = kSharedBytes / (4 * buckets) - 3;
-  const int warps = std::clamp(divide_up(p.slots, 32), 4, std::min(kMaxWarps, fitting));
-  const size_t shared = static_cast<size_t>(warps + 3) * buckets * 4;
-  const unsigned threads = 32u * static_cast<unsigned>(warps);
-  if (p.slots <= kBlockSlots) {
-    a.slots_per_warp = divide_up(divide_up(p.slots, warps), 32) * 32;
-    const int filling = p.m_indices == nullptr ? 0 : divide_up(p.experts, warps);
-    gpu::kernel_of<&kernel<false>>().launch(dim3(1 + static_cast<unsigned>(filling)), dim3(threads), p.call->stream,
-                                            shared, a, 1);
+  const auto shared_bytes = [&](bool keeps) {
+    const int64_t words =
+        (2 * a.runs + kTables) * static_cast<int64_t>(buckets) + (keeps ? a.runs * a.slots_per_run : 0);
+    return static_cast<size_t>(4 * words);
+  };
+  const int fitting =
+      std::min<int>(kMaxRuns, (gpu::kMostShared / 4 - kMostKept - 32 * kMaxRuns - kTables * buckets) / (2 * buckets));
+  const auto divide_among = [&](int64_t blocks) {
+    a.runs = std::clamp(divide_up(p.slots, blocks * kRunSlots), 1, fitting);
+    a.slots_per_run = divide_up(divide_up(p.slots, blocks * a.runs), 32) * 32;
+  };
+  const auto threads = dim3(kThreads);
+  const bool clusters = cuda::facts(device).cc_major >= 9;
+  if (p.slots <= (clusters ? kBlockSlots : kMostKept)) {
+    divide_among(1);
+    const int filling = p.m_indices == nullptr ? 0 : divide_up(p.experts, kWarps);
+    gpu::kernel_of<&kernel<true, kAlone>>().launch(*p.call, dim3(1 + static_cast<unsigned>(filling)), threads,
+                                                   shared_bytes(true), a, 1);
     return;
   }
-  auto &cooperative = gpu::kernel_of<&kernel<true>>();
+  if (clusters && p.slots <= kClusterSlots) {
+    divide_among(kClusterBlocks);
+    gpu::kernel_of<&kernel<true, kCluster>>().launch_cluster(*p.call, kClusterBlocks, threads, shared_bytes(true), a,
+                                                             kClusterBlocks);
+    return;
+  }
   // Each block's counts must fit into the part of src2dst that its slots have, hence no fewer slots than buckets.
-  const int resident = cooperative.resident_blocks(threads, shared) * cuda::facts(device).sm_count;
-  const int blocks = std::min(resident, divide_up(p.slots, std::max(kBlockSlots / 2, buckets)));
-  a.slots_per_warp = divide_up(divide_up(p.slots, static_cast<int64_t>(blocks) * warps), 32) * 32;
-  cooperative.launch_cooperative(dim3(static_cast<unsigned>(blocks)), dim3(threads), p.call->stream, shared, a, blocks);
+  const int64_t wanted = divide_up(p.slots, std::max(kGridBlockSlots, buckets));
+  const auto launch = [&](gpu::Kernel &kernel, bool keeps) {
+    divide_among(wanted);
+    const int64_t resident =
+        int64_t{kernel.resident_blocks(device, kThreads, shared_bytes(keeps))} * cuda::facts(device).sm_count;
+    if (keeps && resident < wanted) return false;  // a block's share would exceed what it keeps
+    const auto blocks = static_cast<int>(std::min(wanted, resident));
+    divide_among(blocks);
+    kernel.launch_cooperative(*p.call, dim3(static_cast<unsigned>(blocks)), threads, shared_bytes(keeps), a, blocks);
+    return true;
+  };
+  if (!launch(gpu::kernel_of<&kernel<true, kGrid>>(), true)) launch(gpu::kernel_of<&kernel<false, kGrid>>(), false);
 }
 
 }  // namespace epmoe::expert_order

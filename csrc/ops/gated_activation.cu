@@ -79,12 +79,26 @@ __device__ __forceinline__ float round_to(float x) {
   return Element<T>::widen(Element<T>::narrow(x));
 }
 
-// A product of two values of T is exact in float32 for 16-bit types, so that rounding it once more is rounding it once.
+// act(gate) * up. The original rounds the activation to T and the product again, which a multiplication in T does.
 template <Function kFunction, bool kQuantises, bool kTriton, typename T>
-__device__ __forceinline__ float gated(float gate, float up) {
-  if constexpr (kTriton)
-    return round_to<T>(__fmul_rn(round_to<T>(activate_as_triton<kFunction, kQuantises>(gate)), up));
-  return __fmul_rn(activate<kFunction, T>(gate), up);
+__device__ __forceinline__ void multiply(float (&y)[kOctet], const float (&gate)[kOctet], const float (&up)[kOctet]) {
+  if constexpr (!kTriton) {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) y[i] = __fmul_rn(activate<kFunction, T>(gate[i]), up[i]);
+  } else if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) y[i] = __fmul_rn(activate_as_triton<kFunction, kQuantises>(gate[i]), up[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kOctet; i += 2) {
+      const float2 activated = make_float2(activate_as_triton<kFunction, kQuantises>(gate[i]),
+                                           activate_as_triton<kFunction, kQuantises>(gate[i + 1]));
+      const float2 product = Element<T>::widen(
+          __hmul2_rn(Element<T>::narrow(activated), Element<T>::narrow(make_float2(up[i], up[i + 1]))));
+      y[i] = product.x;
+      y[i + 1] = product.y;
+    }
+  }
 }
 
 // Whether a row is active; finds its divisor.
@@ -113,27 +127,27 @@ __device__ __forceinline__ void move_row(const Arguments &a, int64_t row, float 
     float up[kOctet];
     gpu::load_octet<kVectors>(gate, input, count);
     gpu::load_octet<kVectors>(up, input + a.width, count);
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) y[i] = gated<kFunction, kQuantises, kTriton, T>(gate[i], up[i]);
+    multiply<kFunction, kQuantises, kTriton, T>(y, gate, up);
   }
   if constexpr (kQuantises) {
     const float group_scale = gpu::float8_scale<kTriton>(gpu::group_max(gpu::absmax_of(y)), a.power_of_two);
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) y[i] = gpu::quantised<kTriton>(y[i], group_scale);
+    gpu::quantise<kTriton>(y, y, group_scale);
     if (count > 0 && threadIdx.x % 16 == 0) {
       a.output_scales[row * a.groups + column / quantize::kGroupSize] = group_scale;
     }
   } else if (a.scales != nullptr) {
     const float factor = kTriton ? round_to<T>(gpu::divide_approximately(1.0f, scale)) : 0.0f;
+    const gpu::Divisor<false> by(scale);
 #pragma unroll
-    for (int i = 0; i < kOctet; ++i) y[i] = kTriton ? round_to<T>(__fmul_rn(y[i], factor)) : __fdiv_rn(y[i], scale);
+    for (int i = 0; i < kOctet; ++i) y[i] = kTriton ? round_to<T>(__fmul_rn(y[i], factor)) : by.divide(y[i]);
   }
-  if (count > 0) gpu::store_octet<kVectors>(static_cast<Out *>(a.output) + row * a.width + column, y, count);
+  if (count > 0) gpu::store_octet<kVectors>(static_cast<Out *>(a.output) + row * a.width + column, y, count, false);
 }
 
 // Grid: x covers the columns, y rows (and strides), z experts when only the first rows of each are active.
 template <typename T, typename Out, bool kVectors, Function kFunction, bool kQuantises, bool kTriton>
 __global__ void __launch_bounds__(gpu::kMaxThreads) kernel(const Arguments a) {
+  gpu::wait_for_earlier_work();
   const uint32_t column = (blockIdx.x * blockDim.x + threadIdx.x) * kOctet;
   int64_t begin = 0;
   int64_t end = a.rows;
@@ -225,7 +239,7 @@ void run_cuda(const Problem &p) {
   }
   const dim3 grid(static_cast<unsigned>(chunks), static_cast<unsigned>(std::min<int64_t>(rows, 65535)),
                   p.masked_m == nullptr ? 1u : static_cast<unsigned>(p.experts));
-  choose(p, vectors).launch(grid, dim3(static_cast<unsigned>(threads)), p.call->stream, 0, a);
+  choose(p, vectors).launch(*p.call, grid, dim3(static_cast<unsigned>(threads)), 0, a);
 }
 
 }  // namespace epmoe::gated_activation

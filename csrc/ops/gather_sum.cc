@@ -9,6 +9,7 @@
 #include "core/error.h"
 #include "core/float16.h"
 #include "core/simd.h"
+#include "core/stream.h"
 #include "core/threads.h"
 
 namespace epmoe::gather_sum {
@@ -44,74 +45,114 @@ void gather_slots(const Problem &p, int64_t token, std::vector<Slot> &slots, Off
   }
 }
 
-constexpr int64_t kColumns = 1024;  // columns summed at a time: the accumulators stay in the first-level cache
+constexpr int64_t kColumns = 1024;     // what a thread takes of a token at a time
+constexpr int64_t kStrip = 64;         // columns whose sums stay in registers
+constexpr int64_t kBytesAhead = 1024;  // of each row, hinted before they are needed: rows lie anywhere
 
-// The two loops that take the time, compiled once for each vector width the machine may have.
-#define EPMOE_GATHER_SUM_LOOPS(Element, suffix)                                                            \
-  EPMOE_SIMD void add_row_##suffix(float *acc, const Element::Storage *row, float weight, int64_t n) {     \
-    for (int64_t i = 0; i < n; ++i) acc[i] = std::fma(Element::widen(row[i]), weight, acc[i]);             \
-  }                                                                                                        \
-  EPMOE_SIMD void store_row_##suffix(Element::Storage *out, const float *acc, float factor, int64_t n) {   \
-    for (int64_t i = 0; i < n; ++i) out[i] = Element::narrow(acc[i] * factor);                             \
-  }                                                                                                        \
-  EPMOE_SIMD void add_row_rounded_##suffix(Element::Storage *acc, const Element::Storage *row,             \
-                                           Element::Storage weight, int64_t n) {                           \
-    for (int64_t i = 0; i < n; ++i) acc[i] = fma_rounded<Element>(row[i], weight, acc[i]);                 \
-  }                                                                                                        \
-  inline void add_row(Element, float *a, const Element::Storage *r, float w, int64_t n) {                  \
-    add_row_##suffix(a, r, w, n);                                                                          \
-  }                                                                                                        \
-  inline void store_row(Element, Element::Storage *o, const float *a, float f, int64_t n) {                \
-    store_row_##suffix(o, a, f, n);                                                                        \
-  }                                                                                                        \
-  inline void add_row_rounded(Element, Element::Storage *a, const Element::Storage *r, Element::Storage w, \
-                              int64_t n) {                                                                 \
-    add_row_rounded_##suffix(a, r, w, n);                                                                  \
+// Up to kColumns columns of a token's rows, in column strips over all rows, so that each is a stream of its own.
+// `ahead` is how many columns of the rows there are to hint.
+template <typename Element>
+struct Rows {
+  const typename Element::Storage *const *data;
+  const float *weights;
+  int64_t count, ahead;
+};
+
+template <typename Element>
+EPMOE_INLINE void sum_strip(const Rows<Element> &rows, float *sum, int64_t i, int64_t n) {
+  constexpr int64_t kAhead = kBytesAhead / static_cast<int64_t>(sizeof(typename Element::Storage));
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(typename Element::Storage));
+  for (int64_t j = 0; j < n; ++j) sum[j] = 0.0f;
+  for (int64_t k = 0; k < rows.count; ++k) {
+    const auto *row = rows.data[k] + i;
+    const float weight = rows.weights[k];
+    for (int64_t j = kAhead; j < kAhead + n && i + j < rows.ahead; j += kLine) __builtin_prefetch(row + j);
+    for (int64_t j = 0; j < n; ++j) sum[j] = std::fma(Element::widen(row[j]), weight, sum[j]);
+  }
+}
+
+// The loops that take the time, compiled once for each vector width the machine may have.
+#define EPMOE_GATHER_SUM_LOOPS(Element, suffix)                                                              \
+  EPMOE_SIMD void sum_rows_##suffix(float *acc, const Rows<Element> &rows, int64_t n) {                      \
+    int64_t i = 0;                                                                                           \
+    for (; i + kStrip <= n; i += kStrip) {                                                                   \
+      float sum[kStrip];                                                                                     \
+      sum_strip<Element>(rows, sum, i, kStrip);                                                              \
+      for (int64_t j = 0; j < kStrip; ++j) acc[i + j] = sum[j];                                              \
+    }                                                                                                        \
+    if (i < n) sum_strip<Element>(rows, acc + i, i, n - i);                                                  \
+  }                                                                                                          \
+  EPMOE_SIMD void add_row_##suffix(float *acc, const Element::Storage *row, float factor, int64_t n) {       \
+    for (int64_t i = 0; i < n; ++i) acc[i] = acc[i] * factor + Element::widen(row[i]);                       \
+  }                                                                                                          \
+  EPMOE_SIMD void store_row_##suffix(Element::Storage *out, const float *acc, float factor, int64_t n) {     \
+    for (int64_t i = 0; i < n; ++i) out[i] = Element::narrow(acc[i] * factor);                               \
+  }                                                                                                          \
+  EPMOE_SIMD void add_row_rounded_##suffix(Element::Storage *acc, const Element::Storage *row,               \
+                                           Element::Storage weight, int64_t n) {                             \
+    for (int64_t i = 0; i < n; ++i) acc[i] = fma_rounded<Element>(row[i], weight, acc[i]);                   \
+  }                                                                                                          \
+  inline void sum_rows(Element, float *a, const Rows<Element> &r, int64_t n) { sum_rows_##suffix(a, r, n); } \
+  inline void add_row(Element, float *a, const Element::Storage *r, float f, int64_t n) {                    \
+    add_row_##suffix(a, r, f, n);                                                                            \
+  }                                                                                                          \
+  inline void store_row(Element, Element::Storage *o, const float *a, float f, int64_t n) {                  \
+    store_row_##suffix(o, a, f, n);                                                                          \
+  }                                                                                                          \
+  inline void add_row_rounded(Element, Element::Storage *a, const Element::Storage *r, Element::Storage w,   \
+                              int64_t n) {                                                                   \
+    add_row_rounded_##suffix(a, r, w, n);                                                                    \
   }
 
 EPMOE_GATHER_SUM_LOOPS(Float32, float32)
 EPMOE_GATHER_SUM_LOOPS(Float16, float16)
 EPMOE_GATHER_SUM_LOOPS(BFloat16, bfloat16)
 
-template <typename Storage>
-void prefetch(const Storage *row, int64_t n) {
-  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Storage));
-  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(row + i);
-}
+// What a thread has at hand for a token.
+template <typename Element>
+struct Scratch {
+  std::vector<Slot> slots;
+  std::vector<const typename Element::Storage *> rows;
+  std::vector<float> weights;
+};
 
 // Columns [column, column + n) of one token.
 template <typename Element>
-void sum_columns(const Problem &p, const std::vector<Slot> &slots, int64_t token, int64_t column, int64_t n) {
+void sum_columns(const Problem &p, Scratch<Element> &s, int64_t token, int64_t column, int64_t n, bool streams) {
   using Storage = typename Element::Storage;
-  const auto *rows = static_cast<const Storage *>(p.rows) + column;
   const auto *shared = static_cast<const Storage *>(p.shared_output);
   const auto *residual = static_cast<const Storage *>(p.residual);
   const int64_t at = token * p.hidden + column;
   Storage *out = static_cast<Storage *>(p.output) + at;
+  s.rows.clear();
+  s.weights.clear();
+  for (const Slot &slot : s.slots) {
+    s.rows.push_back(static_cast<const Storage *>(p.rows) + slot.row * p.hidden + column);
+    s.weights.push_back(slot.weight);
+  }
   if (p.numerics == kFp32) {
-    float acc[kColumns] = {};
-    for (size_t k = 0; k < slots.size(); ++k) {
-      // Rows lie anywhere: without a hint each would be waited for in turn.
-      if (k + 1 < slots.size()) prefetch(rows + slots[k + 1].row * p.hidden, n);
-      add_row(Element(), acc, rows + slots[k].row * p.hidden, slots[k].weight, n);
+    float acc[kColumns];
+    const auto count = static_cast<int64_t>(s.slots.size());
+    sum_rows(Element(), acc, Rows<Element>{s.rows.data(), s.weights.data(), count, p.hidden - column}, n);
+    float factor = p.factor;
+    for (const Storage *addend : {shared, residual}) {
+      if (addend == nullptr) continue;
+      add_row(Element(), acc, addend + at, factor, n);
+      factor = 1.0f;
     }
-    const bool addends = shared != nullptr || residual != nullptr;
-    if (addends && p.factor != 1.0f) {
-      for (int64_t i = 0; i < n; ++i) acc[i] *= p.factor;
-    }
-    if (shared != nullptr) add_row(Element(), acc, shared + at, 1.0f, n);
-    if (residual != nullptr) add_row(Element(), acc, residual + at, 1.0f, n);
-    store_row(Element(), out, acc, addends ? 1.0f : p.factor, n);
-    return;
+    if (!streams) return store_row(Element(), out, acc, factor, n);
+    Storage rounded[kColumns];
+    store_row(Element(), rounded, acc, factor, n);
+    return stream_copy(out, rounded, n * static_cast<int64_t>(sizeof(Storage)));
   }
   // The original's arithmetic: weights and every partial sum rounded to the activation dtype.
   const Storage factor = Element::narrow(p.factor);
   const Storage one = Element::narrow(1.0f);
   std::fill(out, out + n, Storage{0});
-  for (const Slot &slot : slots) {
-    Storage weight = Element::narrow(slot.weight);
+  for (size_t k = 0; k < s.rows.size(); ++k) {
+    Storage weight = Element::narrow(s.weights[k]);
     if (p.factor != 1.0f) weight = Element::narrow(Element::widen(weight) * Element::widen(factor));
-    add_row_rounded(Element(), out, rows + slot.row * p.hidden, weight, n);
+    add_row_rounded(Element(), out, s.rows[k], weight, n);
   }
   if (shared != nullptr) add_row_rounded(Element(), out, shared + at, one, n);
   if (residual != nullptr) add_row_rounded(Element(), out, residual + at, one, n);
@@ -122,16 +163,18 @@ void run_typed(const Problem &p) {
   Offence offence;
   const int64_t blocks = (p.hidden + kColumns - 1) / kColumns;
   const int64_t grain = std::max<int64_t>(1, 16384 / (p.topk * std::min(p.hidden, kColumns)));
+  const bool streams = exceeds_caches(p.tokens * p.hidden * itemsize(p.dtype));
   parallel_for(p.tokens * blocks, grain, [&](int64_t begin, int64_t end) {
-    std::vector<Slot> slots;
+    Scratch<Element> scratch;
     int64_t gathered = -1;
     for (int64_t work = begin; work < end; ++work) {
       const int64_t token = work / blocks;
       const int64_t column = work % blocks * kColumns;
-      if (token != gathered) gather_slots<Element>(p, token, slots, offence);
+      if (token != gathered) gather_slots<Element>(p, token, scratch.slots, offence);
       gathered = token;
-      sum_columns<Element>(p, slots, token, column, std::min(kColumns, p.hidden - column));
+      sum_columns<Element>(p, scratch, token, column, std::min(kColumns, p.hidden - column), streams);
     }
+    if (streams) stream_end();
   });
   if (!offence.any()) return;
   offence.raise(p.call->entry->op->params[p.src2dst_param].name, p.src2dst[offence.first()], p.dst_start,

@@ -1,6 +1,6 @@
 // The weighted sum of rows on CUDA. One thread sums one 16-byte column group of one token over all its slots; a warp's
-// lanes resolve the slots together (one slot each) and hand rows and weights around by shuffles, so that all row loads
-// of a token are in flight before the first fma.
+// lanes resolve the slots of several tokens together (one slot each) and hand rows and weights around by shuffles, so
+// that all row loads of a token are in flight before the first fma.
 #include <algorithm>
 
 #include "ops/common.cuh"
@@ -22,8 +22,8 @@ struct Arguments {
   const void *shared_output;
   const void *residual;
   cuda::StatusWord *status;
-  int64_t tokens;
-  uint32_t hidden, topk;
+  int64_t first_token;  // of this launch; pointers are at it, and slots are counted from it
+  uint32_t tokens, hidden, topk;
   int64_t start_expert_id, end_expert_id, dst_start;
   uint32_t row_count;
   float factor;
@@ -31,36 +31,34 @@ struct Arguments {
   bool src2dst_int64, topk_ids_int64, weights_float32;
 };
 
-template <typename T>
-__device__ float load_weight(const Arguments &a, int64_t flat) {
-  if (a.weights == nullptr) return 1.0f;
-  if (a.weights_float32) return __ldg(static_cast<const float *>(a.weights) + flat);
-  return Element<T>::widen(static_cast<const T *>(a.weights)[flat]);
-}
-
 struct Slot {
   uint32_t row;
   float weight;
 };
 
 template <typename T>
-__device__ Slot resolve_slot(const Arguments &a, int64_t token, uint32_t k) {
-  const int64_t flat = token * a.topk + k;
-  const int64_t destination = a.src2dst != nullptr ? gpu::load_index(a.src2dst, a.src2dst_int64, flat) : flat;
-  const float weight = load_weight<T>(a, flat);
-  bool local = destination >= 0;
-  if (a.topk_ids != nullptr) {
-    const int64_t id = gpu::load_index(a.topk_ids, a.topk_ids_int64, flat);
-    local = id >= a.start_expert_id && id <= a.end_expert_id;
-  }
+__device__ __forceinline__ Slot resolve_slot(const Arguments &a, uint32_t token, uint32_t k) {
+  const uint32_t flat = token * a.topk + k;
+  const gpu::RawIndex raw_row = gpu::load_raw(a.src2dst, a.src2dst_int64, flat);
+  const gpu::RawIndex raw_id = gpu::load_raw(a.topk_ids, a.topk_ids_int64, flat);
+  float wide = 1.0f;
+  T narrow{};
+  if (a.weights != nullptr && a.weights_float32) wide = __ldg(static_cast<const float *>(a.weights) + flat);
+  if (a.weights != nullptr && !a.weights_float32) narrow = static_cast<const T *>(a.weights)[flat];
+
+  const int64_t destination =
+      a.src2dst != nullptr ? gpu::index_of(raw_row, a.src2dst_int64) : a.first_token * a.topk + flat;
+  const int64_t id = gpu::index_of(raw_id, a.topk_ids_int64);
+  const bool local = a.topk_ids != nullptr ? id >= a.start_expert_id && id <= a.end_expert_id : destination >= 0;
   if (!local) return {kNoRow, 0.0f};
   const uint64_t row = static_cast<uint64_t>(destination) - static_cast<uint64_t>(a.dst_start);
   if (row >= a.row_count) {
-    gpu::report_index(a.status, a.op_index, a.src2dst_param, token, k, destination, a.dst_start,
+    gpu::report_index(a.status, a.op_index, a.src2dst_param, a.first_token + token, k, destination, a.dst_start,
                       a.dst_start + a.row_count);
     return {kNoRow, 0.0f};
   }
-  return {static_cast<uint32_t>(row), weight};
+  const bool widened = a.weights == nullptr || a.weights_float32;
+  return {static_cast<uint32_t>(row), widened ? wide : Element<T>::widen(narrow)};
 }
 
 // The running sum of one column group: float32, or the activation dtype with one rounding a slot as in the original.
@@ -104,50 +102,73 @@ struct Accumulator<T, N, kTriton> {
 constexpr int kMinBlocks = 8;  // an SM full of warps at 64 registers a thread, which the accumulators just fit
 
 template <int kSlots>
-constexpr unsigned kAllSlots = kSlots == 32 ? 0xffffffffu : (1u << kSlots) - 1;
+constexpr unsigned kAllSlots = (1u << kSlots) - 1;
 
-// Adds the rows of up to kSlots slots, one of which each of the warp's first lanes holds. A skipped slot is a branch,
-// never a product with 0: its row is memory that nobody has written.
+// A block's tokens, kSlots slots at a time, are its steps. A warp resolves as many steps at once as its lanes have
+// slots for: lane l has slot l % kSlots of step `step` + l / kSlots.
+template <typename T, int kSlots>
+__device__ __forceinline__ Slot resolve_steps(const Arguments &a, uint32_t step) {
+  const uint32_t lane = threadIdx.x % 32;
+  const uint32_t mine = step + lane / kSlots;
+  const uint32_t steps_each = (a.topk + kSlots - 1) / kSlots;
+  const uint32_t turn = steps_each == 1 ? mine : mine / steps_each;
+  const uint32_t k = (mine - turn * steps_each) * kSlots + lane % kSlots;
+  const uint64_t token = blockIdx.y + static_cast<uint64_t>(turn) * gridDim.y;
+  if (k >= a.topk || token >= a.tokens) return {kNoRow, 0.0f};
+  return resolve_slot<T>(a, static_cast<uint32_t>(token), k);
+}
+
+// Adds the rows of a step, whose first slot lane `base` holds; `locals` has a bit a slot. A skipped slot is a branch,
+// never a product with 0: its row is memory that nobody has written. The warp's lanes go the same way, so that sparse
+// slots (most experts remote) cost what is there.
 template <bool kAllLocal, int kSlots, CachePolicy kPolicy, typename T, int N, Numerics kNumerics>
-__device__ __forceinline__ void add_slots(Accumulator<T, N, kNumerics> &sum, const T *rows, Slot mine, unsigned locals,
-                                          bool inside, const Arguments &a) {
+__device__ __forceinline__ void add_slots(Accumulator<T, N, kNumerics> &sum, const T *rows, Slot mine, uint32_t base,
+                                          unsigned locals, bool inside, const Arguments &a) {
   Vector<T, N> data[kSlots];
+  unsigned left = locals;
 #pragma unroll
-  for (int k = 0; k < kSlots; ++k) {
-    const uint32_t row = __shfl_sync(0xffffffffu, mine.row, k);
-    if (inside && (kAllLocal || (locals >> k & 1u))) {
-      data[k] = gpu::load<kPolicy, T, N>(rows + static_cast<uint64_t>(row) * a.hidden);
-    }
+  for (int i = 0; i < kSlots; ++i) {
+    if (!kAllLocal && left == 0) break;
+    const int k = kAllLocal ? i : __ffs(static_cast<int>(left)) - 1;
+    left &= left - 1;
+    const uint32_t row = __shfl_sync(0xffffffffu, mine.row, base + k);
+    if (inside) data[i] = gpu::load<kPolicy, T, N>(rows + static_cast<uint64_t>(row) * a.hidden);
   }
+  left = locals;
 #pragma unroll
-  for (int k = 0; k < kSlots; ++k) {
-    const float weight = __shfl_sync(0xffffffffu, mine.weight, k);
-    if (kAllLocal || (locals >> k & 1u)) sum.add(data[k], weight, a.factor);
+  for (int i = 0; i < kSlots; ++i) {
+    if (!kAllLocal && left == 0) break;
+    const int k = kAllLocal ? i : __ffs(static_cast<int>(left)) - 1;
+    left &= left - 1;
+    sum.add(data[i], __shfl_sync(0xffffffffu, mine.weight, base + k), a.factor);
   }
 }
 
-// Grid: x covers the column groups of a row, y the tokens (and strides when there are more than y may count).
+// Grid: x covers the column groups of a row, y as many tokens as run at once; blocks stride over the others.
 template <typename T, int N, int kSlots, Numerics kNumerics, CachePolicy kPolicy>
 __global__ void __launch_bounds__(gpu::kMaxThreads, kMinBlocks) kernel(const Arguments a) {
-  const unsigned lane = threadIdx.x % 32;
+  gpu::wait_for_earlier_work();
+  constexpr uint32_t kSteps = 32 / kSlots;
   const uint32_t column = (blockIdx.x * blockDim.x + threadIdx.x) * N;
   const bool inside = column < a.hidden;
   const T *rows = static_cast<const T *>(a.rows) + column;
-  for (int64_t token = blockIdx.y; token < a.tokens; token += gridDim.y) {
+  Slot mine{kNoRow, 0.0f};
+  uint32_t step = 0;
+  for (uint64_t token = blockIdx.y; token < a.tokens; token += gridDim.y) {
     Accumulator<T, N, kNumerics> sum;
 #pragma unroll 1
-    for (uint32_t first = 0; first < a.topk; first += kSlots) {
-      Slot mine{kNoRow, 0.0f};
-      if (lane < kSlots && first + lane < a.topk) mine = resolve_slot<T>(a, token, first + lane);
+    for (uint32_t first = 0; first < a.topk; first += kSlots, ++step) {
+      if (step % kSteps == 0) mine = resolve_steps<T, kSlots>(a, step);
       // Usually every slot is local: then nothing is branched on, and all loads are in flight before the first fma.
-      const unsigned locals = __ballot_sync(0xffffffffu, mine.row != kNoRow);
+      const uint32_t base = step % kSteps * kSlots;
+      const unsigned locals = __ballot_sync(0xffffffffu, mine.row != kNoRow) >> base & kAllSlots<kSlots>;
       if (locals == kAllSlots<kSlots>)
-        add_slots<true, kSlots, kPolicy>(sum, rows, mine, locals, inside, a);
+        add_slots<true, kSlots, kPolicy>(sum, rows, mine, base, locals, inside, a);
       else
-        add_slots<false, kSlots, kPolicy>(sum, rows, mine, locals, inside, a);
+        add_slots<false, kSlots, kPolicy>(sum, rows, mine, base, locals, inside, a);
     }
     if (inside) {
-      const int64_t at = token * a.hidden + column;
+      const uint64_t at = token * a.hidden + column;
       const T *shared = a.shared_output == nullptr ? nullptr : static_cast<const T *>(a.shared_output) + at;
       const T *residual = a.residual == nullptr ? nullptr : static_cast<const T *>(a.residual) + at;
       gpu::store<kPolicy, T, N>(static_cast<T *>(a.output) + at, sum.result(a.factor, shared, residual));
@@ -191,20 +212,25 @@ Kernel &choose(int32_t dtype, int64_t topk, Numerics numerics, bool vectors, boo
   }
 }
 
-}  // namespace
-
-void run_cuda(const Problem &p) {
-  const int32_t device = p.call->device.device_id;
+// The part of a problem that begins at `first_token`, of so few tokens that 32 bits count their slots.
+Arguments arguments_of(const Problem &p, int64_t first_token, int64_t tokens) {
+  const auto from = [](const void *data, int64_t elements, int64_t item) -> const void * {
+    return data == nullptr ? nullptr : static_cast<const char *>(data) + elements * item;
+  };
+  const int64_t item = itemsize(p.dtype);
+  const int64_t slots = first_token * p.topk;
+  const int64_t columns = first_token * p.hidden;
   Arguments a{};
   a.rows = p.rows;
-  a.output = p.output;
-  a.src2dst = p.src2dst.data;
-  a.topk_ids = p.topk_ids.data;
-  a.weights = p.weights;
-  a.shared_output = p.shared_output;
-  a.residual = p.residual;
-  a.status = cuda::status_word(device);
-  a.tokens = p.tokens;
+  a.output = const_cast<void *>(from(p.output, columns, item));
+  a.src2dst = from(p.src2dst.data, slots, p.src2dst.is_int64 ? 8 : 4);
+  a.topk_ids = from(p.topk_ids.data, slots, p.topk_ids.is_int64 ? 8 : 4);
+  a.weights = from(p.weights, slots, p.weights_float32 ? 4 : item);
+  a.shared_output = from(p.shared_output, columns, item);
+  a.residual = from(p.residual, columns, item);
+  a.status = cuda::status_word(p.call->device.device_id);
+  a.first_token = first_token;
+  a.tokens = static_cast<uint32_t>(tokens);
   a.hidden = static_cast<uint32_t>(p.hidden);
   a.topk = static_cast<uint32_t>(p.topk);
   a.start_expert_id = p.start_expert_id;
@@ -217,17 +243,33 @@ void run_cuda(const Problem &p) {
   a.src2dst_int64 = p.src2dst.is_int64;
   a.topk_ids_int64 = p.topk_ids.is_int64;
   a.weights_float32 = p.weights_float32;
+  return a;
+}
 
+}  // namespace
+
+void run_cuda(const Problem &p) {
+  const cuda::Facts &facts = cuda::facts(p.call->device.device_id);
   const int64_t item = itemsize(p.dtype);
-  const bool vectors = p.hidden * item % 16 == 0 && gpu::aligned16(a.rows) && gpu::aligned16(a.output) &&
-                       gpu::aligned16(a.shared_output) && gpu::aligned16(a.residual);
+  const bool vectors = p.hidden * item % 16 == 0 && gpu::aligned16(p.rows) && gpu::aligned16(p.output) &&
+                       gpu::aligned16(p.shared_output) && gpu::aligned16(p.residual);
   const int64_t groups = vectors ? p.hidden * item / 16 : p.hidden;
-  const bool streaming = p.tokens * (p.topk + 1) * p.hidden * item > cuda::facts(device).l2_bytes;
-  const int threads = gpu::threads_for(groups);
-  const dim3 grid(static_cast<unsigned>((groups + threads - 1) / threads),
-                  static_cast<unsigned>(std::min<int64_t>(p.tokens, 65535)));
-  choose(p.dtype, p.topk, p.numerics, vectors, streaming)
-      .launch(grid, dim3(static_cast<unsigned>(threads)), p.call->stream, 0, a);
+  // One wave of blocks, each going through several tokens; where there is less than half of that to do, smaller blocks
+  // share the GPU more evenly.
+  const int64_t wave_threads = int64_t{facts.sm_count} * kMinBlocks * gpu::kMaxThreads;
+  const int threads = p.tokens * groups <= wave_threads / 2 ? 64 : gpu::threads_for(groups);
+  const int64_t chunks = (groups + threads - 1) / threads;
+  const int64_t wave = std::max<int64_t>(1, wave_threads / threads / chunks);
+  // What exceeds L2 by little displaces nothing when it streams; of what exceeds it by far, nothing would be left.
+  const int64_t bytes = p.tokens * (p.topk + 1) * p.hidden * item;
+  const bool streaming = bytes > facts.l2_bytes && bytes <= 4 * facts.l2_bytes;
+  gpu::Kernel &kernel = choose(p.dtype, p.topk, p.numerics, vectors, streaming);
+  const int64_t most = std::max<int64_t>(1, INT32_MAX / p.topk);
+  for (int64_t first = 0; first < p.tokens; first += most) {
+    const int64_t tokens = std::min(most, p.tokens - first);
+    const dim3 grid(static_cast<unsigned>(chunks), static_cast<unsigned>(std::min({tokens, wave, int64_t{65535}})));
+    kernel.launch(*p.call, grid, dim3(static_cast<unsigned>(threads)), 0, arguments_of(p, first, tokens));
+  }
 }
 
 }  // namespace epmoe::gather_sum

@@ -15,25 +15,48 @@ __device__ __forceinline__ float divide_approximately(float a, float b) {
   return quotient;
 }
 
+// Divides many values by one: as the original does, or correctly rounded by a reciprocal and one correction, which is
+// exact while nothing leaves the middle of float32's range (Markstein), and by division elsewhere.
 template <bool kTriton>
-__device__ __forceinline__ float divide(float a, float b) {
-  return kTriton ? divide_approximately(a, b) : __fdiv_rn(a, b);
-}
+class Divisor {
+ public:
+  __device__ explicit Divisor(float divisor) : divisor_(divisor) {
+    if constexpr (!kTriton) reciprocal_ = __frcp_rn(divisor);
+  }
+
+  __device__ float divide(float value) const {
+    if constexpr (kTriton) return divide_approximately(value, divisor_);
+    const float quotient = __fmul_rn(value, reciprocal_);
+    if (!(moderate(divisor_) && moderate(quotient))) return __fdiv_rn(value, divisor_);
+    return __fmaf_rn(__fmaf_rn(-quotient, divisor_, value), reciprocal_, quotient);
+  }
+
+ private:
+  static __device__ bool moderate(float x) { return fabsf(x) > 0x1p-50f && fabsf(x) < 0x1p50f; }
+
+  float divisor_;
+  float reciprocal_ = 0.0f;
+};
 
 // The scale under which values up to `absmax` fit float8.
 template <bool kTriton>
 __device__ __forceinline__ float float8_scale(float absmax, bool power_of_two) {
-  const float scale = divide<kTriton>(fmaxf(absmax, quantize::kLeastAbsmax), quantize::kLargest);
+  const float most = fmaxf(absmax, quantize::kLeastAbsmax);
+  const float scale = kTriton ? divide_approximately(most, quantize::kLargest) : __fdiv_rn(most, quantize::kLargest);
   const uint32_t bits = __float_as_uint(scale);
   if (!power_of_two || (bits & 0x7fffffu) == 0) return scale;
   return __uint_as_float((bits + 0x800000u) & 0xff800000u);
 }
 
-// value / scale in the range of float8. The original's clamp turns a NaN into its lower bound.
-template <bool kTriton>
-__device__ __forceinline__ float quantised(float value, float scale) {
-  const float quotient = divide<kTriton>(value, scale);
-  return kTriton ? fminf(fmaxf(quotient, -quantize::kLargest), quantize::kLargest) : quotient;
+// Quotients in the range of float8. The original's clamp turns a NaN into its lower bound.
+template <bool kTriton, int N>
+__device__ __forceinline__ void quantise(float (&out)[N], const float (&in)[N], float scale) {
+  const Divisor<kTriton> by(scale);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const float quotient = by.divide(in[i]);
+    out[i] = kTriton ? fminf(fmaxf(quotient, -quantize::kLargest), quantize::kLargest) : quotient;
+  }
 }
 
 // Eight consecutive elements as float32: loaded and stored by vectors, or one by one up to `count` of them.
@@ -56,8 +79,9 @@ __device__ __forceinline__ void load_octet(float (&out)[kOctet], const T *source
   }
 }
 
+// `streams`: what is stored leaves the caches first.
 template <bool kVectors, typename T>
-__device__ __forceinline__ void store_octet(T *destination, const float (&in)[kOctet], int count) {
+__device__ __forceinline__ void store_octet(T *destination, const float (&in)[kOctet], int count, bool streams) {
   if constexpr (kVectors) {
     constexpr int kLanes = 16 / sizeof(T);
 #pragma unroll
@@ -67,7 +91,10 @@ __device__ __forceinline__ void store_octet(T *destination, const float (&in)[kO
       for (int j = 0; j < kLanes; ++j) part[j] = in[i * kLanes + j];
       Vector<T, kLanes> vector;
       vector.narrow(part);
-      store<CachePolicy::kCached, T, kLanes>(destination + i * kLanes, vector);
+      if (streams)
+        store<CachePolicy::kStreaming, T, kLanes>(destination + i * kLanes, vector);
+      else
+        store<CachePolicy::kCached, T, kLanes>(destination + i * kLanes, vector);
     }
   } else {
 #pragma unroll
@@ -78,15 +105,20 @@ __device__ __forceinline__ void store_octet(T *destination, const float (&in)[kO
 }
 
 template <bool kVectors>
-__device__ __forceinline__ void store_octet(__nv_fp8_e4m3 *destination, const float (&in)[kOctet], int count) {
+__device__ __forceinline__ void store_octet(__nv_fp8_e4m3 *destination, const float (&in)[kOctet], int count,
+                                            bool streams) {
   if constexpr (kVectors) {
     uint16_t pair[kOctet / 2];
 #pragma unroll
     for (int i = 0; i < kOctet / 2; ++i) {
       pair[i] = __nv_cvt_float2_to_fp8x2(make_float2(in[2 * i], in[2 * i + 1]), __NV_SATFINITE, __NV_E4M3);
     }
-    *reinterpret_cast<uint2 *>(destination) =
+    const uint2 bits =
         make_uint2(pair[0] | static_cast<uint32_t>(pair[1]) << 16, pair[2] | static_cast<uint32_t>(pair[3]) << 16);
+    if (streams)
+      __stcs(reinterpret_cast<uint2 *>(destination), bits);
+    else
+      *reinterpret_cast<uint2 *>(destination) = bits;
   } else {
 #pragma unroll
     for (int i = 0; i < kOctet; ++i) {

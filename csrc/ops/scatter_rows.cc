@@ -9,6 +9,7 @@
 #include "core/convert.h"
 #include "core/error.h"
 #include "core/simd.h"
+#include "core/stream.h"
 #include "core/threads.h"
 
 namespace epmoe::scatter_rows {
@@ -17,15 +18,19 @@ namespace {
 EPMOE_SIMD void multiply(float *out, const float *in, float factor, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = in[i] * factor;
 }
+
 class Scatter {
  public:
-  explicit Scatter(const Problem &p) : p_(p), row_bytes_(p.hidden * itemsize(p.output_dtype)) {}
+  explicit Scatter(const Problem &p) : p_(p), row_bytes_(p.hidden * itemsize(p.output_dtype)) {
+    streams_ = exceeds_caches(p.tokens * p.topk * row_bytes_);
+  }
 
   void run() {
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, p_.hidden * (p_.topk + 1)));
     parallel_for(p_.tokens, grain, [&](int64_t begin, int64_t end) {
       Scratch scratch;
       for (int64_t token = begin; token < end; ++token) move(token, scratch);
+      if (streams_) stream_end();
     });
     if (bad_rows_.any()) {
       bad_rows_.raise(name(p_.src2dst_param), p_.src2dst[bad_rows_.first()], p_.dst_start, p_.dst_start + p_.row_count,
@@ -98,7 +103,11 @@ class Scatter {
     }
     for (const Slot &slot : s.slots) {
       if (p_.scales_by_expert()) convert(s, p_.a1_scales + slot.expert);
-      std::memcpy(static_cast<char *>(p_.output) + slot.row * row_bytes_, row, static_cast<size_t>(row_bytes_));
+      char *out = static_cast<char *>(p_.output) + slot.row * row_bytes_;
+      if (streams_)
+        stream_copy(out, row, row_bytes_);
+      else
+        std::memcpy(out, row, static_cast<size_t>(row_bytes_));
       if (scales != nullptr) std::copy_n(scales, p_.groups, p_.output_scales + slot.row * p_.groups);
     }
   }
@@ -122,6 +131,7 @@ class Scatter {
 
   const Problem &p_;
   const int64_t row_bytes_;
+  bool streams_ = false;
   Offence bad_rows_, bad_ids_;
 };
 

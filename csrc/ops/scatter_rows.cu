@@ -1,7 +1,9 @@
 // Rows to their slots on CUDA: a row is read once and written to each slot. The warps of a block resolve a token's
-// slots together, one slot a lane, and hand the rows around by shuffles.
+// slots together, one slot a lane, and hand the rows around by shuffles. What exceeds L2 is moved by Hopper's bulk
+// copies where there are such, a row at a time, and displaces nothing there.
 #include <algorithm>
 
+#include "ops/bulk.cuh"
 #include "ops/quantize.cuh"
 #include "ops/scatter_rows.h"
 
@@ -27,7 +29,7 @@ struct Arguments {
   int64_t start_expert_id, end_expert_id, dst_start;
   uint32_t hidden, topk, row_count, groups;
   int32_t op_index, src2dst_param, ids_param;
-  bool src2dst_int64, topk_ids_int64, scales_by_expert, power_of_two;
+  bool src2dst_int64, topk_ids_int64, scales_by_expert, power_of_two, streams;
 };
 
 struct Slot {
@@ -37,22 +39,21 @@ struct Slot {
 
 __device__ __forceinline__ Slot resolve_slot(const Arguments &a, int64_t token, uint32_t k) {
   const int64_t flat = token * a.topk + k;
-  const int64_t destination = gpu::load_index(a.src2dst, a.src2dst_int64, flat);
+  const gpu::RawIndex raw_row = gpu::load_raw(a.src2dst, a.src2dst_int64, flat);
+  const gpu::RawIndex raw_id = gpu::load_raw(a.topk_ids, a.topk_ids_int64, flat);
+  const int64_t destination = gpu::index_of(raw_row, a.src2dst_int64);
+  const int64_t id = gpu::index_of(raw_id, a.topk_ids_int64);
   Slot slot{kNoRow, 1.0f};
-  if (a.topk_ids != nullptr) {
-    const int64_t id = gpu::load_index(a.topk_ids, a.topk_ids_int64, flat);
-    if (id < a.start_expert_id || id > a.end_expert_id) return slot;
-    if (a.scales_by_expert) {
-      const int64_t expert = id - a.start_expert_id;
-      if (expert >= a.scale_count) {
-        gpu::report_index(a.status, a.op_index, a.ids_param, token, k, id, a.start_expert_id,
-                          a.start_expert_id + a.scale_count);
-        return slot;
-      }
-      slot.scale = __ldg(a.a1_scales + expert);
+  const bool local = a.topk_ids != nullptr ? id >= a.start_expert_id && id <= a.end_expert_id : destination >= 0;
+  if (!local) return slot;
+  if (a.scales_by_expert) {
+    const int64_t expert = id - a.start_expert_id;
+    if (expert >= a.scale_count) {
+      gpu::report_index(a.status, a.op_index, a.ids_param, token, k, id, a.start_expert_id,
+                        a.start_expert_id + a.scale_count);
+      return slot;
     }
-  } else if (destination < 0) {
-    return slot;
+    slot.scale = __ldg(a.a1_scales + expert);
   }
   const uint64_t row = static_cast<uint64_t>(destination) - static_cast<uint64_t>(a.dst_start);
   if (row >= a.row_count)
@@ -63,165 +64,259 @@ __device__ __forceinline__ Slot resolve_slot(const Arguments &a, int64_t token, 
   return slot;
 }
 
-// Calls body(row, scale) for every local slot of a token, all lanes of the warp together.
+// Calls body(slot) for every 32 slots of a token, of which each lane has one, all lanes of the warp together, as long
+// as there are local ones among them.
 template <typename Body>
-__device__ __forceinline__ void for_slots(const Arguments &a, int64_t token, const Body &body) {
+__device__ __forceinline__ void for_lanes(const Arguments &a, int64_t token, const Body &body) {
   const unsigned lane = threadIdx.x % 32;
   for (uint32_t first = 0; first < a.topk; first += 32) {
     Slot mine{kNoRow, 1.0f};
     if (first + lane < a.topk) mine = resolve_slot(a, token, first + lane);
-    for (unsigned locals = __ballot_sync(kWarp, mine.row != kNoRow); locals != 0; locals &= locals - 1) {
-      const int k = __ffs(static_cast<int>(locals)) - 1;
-      const uint32_t row = __shfl_sync(kWarp, mine.row, k);
-      const float scale = __shfl_sync(kWarp, mine.scale, k);
-      body(row, scale);
+    if (__any_sync(kWarp, mine.row != kNoRow)) body(mine);
+  }
+}
+
+// Calls body(row, scale) for every local slot of those that the lanes hold: eight at once where all are local.
+template <typename Body>
+__device__ __forceinline__ void for_slots(Slot mine, const Body &body) {
+  constexpr int kTogether = 8;
+  unsigned locals = __ballot_sync(kWarp, mine.row != kNoRow);
+#pragma unroll 1
+  for (int base = 0; locals != 0; base += kTogether, locals >>= kTogether) {
+    unsigned some = locals & ((1u << kTogether) - 1);
+    if (some == (1u << kTogether) - 1) {
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        body(__shfl_sync(kWarp, mine.row, base + i), __shfl_sync(kWarp, mine.scale, base + i));
+      }
+      continue;
+    }
+#pragma unroll 1
+    for (; some != 0; some &= some - 1) {
+      const int k = base + __ffs(static_cast<int>(some)) - 1;
+      body(__shfl_sync(kWarp, mine.row, k), __shfl_sync(kWarp, mine.scale, k));
     }
   }
+}
+
+// The scales that come with quantised rows, by the threads of a row's blocks from `first` on in steps of `step`.
+__device__ __forceinline__ void copy_scales(const Arguments &a, int64_t token, Slot mine, uint32_t first,
+                                            uint32_t step) {
+  if (a.input_scales == nullptr) return;
+  for_slots(mine, [&](uint32_t row, float) {
+    for (uint32_t g = first; g < a.groups; g += step) {
+      a.output_scales[static_cast<uint64_t>(row) * a.groups + g] = __ldg(a.input_scales + token * a.groups + g);
+    }
+  });
 }
 
 // Rows moved as they are, in units of what their alignment allows. `width` counts units in a row.
 template <typename Unit>
 __global__ void __launch_bounds__(gpu::kMaxThreads) copy_kernel(const Arguments a, uint32_t width) {
+  gpu::wait_for_earlier_work();
   const uint32_t column = blockIdx.x * blockDim.x + threadIdx.x;
   const bool inside = column < width;
   const auto *input = static_cast<const Unit *>(a.input);
   auto *output = static_cast<Unit *>(a.output);
   for (int64_t token = blockIdx.y; token < a.tokens; token += gridDim.y) {
-    Unit data{};
-    if (inside) data = __ldg(input + token * width + column);
-    for_slots(a, token, [&](uint32_t row, float) {
-      if (inside) output[static_cast<uint64_t>(row) * width + column] = data;
-      if (a.input_scales != nullptr) {
-        for (uint32_t g = column; g < a.groups; g += gridDim.x * blockDim.x) {
-          a.output_scales[static_cast<uint64_t>(row) * a.groups + g] = __ldg(a.input_scales + token * a.groups + g);
-        }
-      }
+    for_lanes(a, token, [&](Slot mine) {
+      Unit data{};
+      if (inside) data = __ldg(input + token * width + column);
+      for_slots(mine, [&](uint32_t row, float) {
+        if (inside) output[static_cast<uint64_t>(row) * width + column] = data;
+      });
+      copy_scales(a, token, mine, column, gridDim.x * blockDim.x);
     });
   }
+}
+
+// The same by one warp: `part` bytes of a row (block x) to shared memory, and from there to each slot.
+__global__ void __launch_bounds__(32) bulk_copy_kernel(const Arguments a, uint32_t row_bytes, uint32_t part) {
+  extern __shared__ __align__(128) uint8_t buffer[];
+  __shared__ __align__(8) uint64_t barrier;
+  gpu::bulk::Loader loader(&barrier);
+  const gpu::bulk::Storer storer;
+  gpu::wait_for_earlier_work();
+  const uint32_t offset = blockIdx.x * part;
+  const uint32_t bytes = min(part, row_bytes - offset);
+  const auto *input = static_cast<const uint8_t *>(a.input) + offset;
+  auto *output = static_cast<uint8_t *>(a.output) + offset;
+  for (int64_t token = blockIdx.y; token < a.tokens; token += gridDim.y) {
+    bool loaded = false;
+    for_lanes(a, token, [&](Slot mine) {
+      if (!loaded) loader.load(buffer, input + token * row_bytes, bytes);
+      loaded = true;
+      if (mine.row != kNoRow) storer.store(output + static_cast<uint64_t>(mine.row) * row_bytes, buffer, bytes);
+      if (blockIdx.x == 0) copy_scales(a, token, mine, threadIdx.x, 32);
+    });
+    gpu::bulk::Storer::wait();
+    __syncwarp();
+  }
+}
+
+// y = x divided by a scale, as the original divides.
+template <bool kTriton>
+__device__ __forceinline__ void scale_by(float (&y)[kOctet], const float (&x)[kOctet], float scale) {
+  const float reciprocal = kTriton ? gpu::divide_approximately(1.0f, scale) : 0.0f;
+  const gpu::Divisor<false> by(scale);
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) y[i] = kTriton ? __fmul_rn(x[i], reciprocal) : by.divide(x[i]);
+}
+
+// What all slots of a token share of a conversion by columns: the values in y, and the scale of a group of 128.
+template <quantize::Quantization kQuantization, bool kTriton>
+__device__ __forceinline__ float convert(const Arguments &a, int64_t token, float (&y)[kOctet],
+                                         const float (&x)[kOctet]) {
+  if constexpr (kQuantization == quantize::kGroup) {
+    const float scale = gpu::float8_scale<kTriton>(gpu::group_max(gpu::absmax_of(x)), a.power_of_two);
+    gpu::quantise<kTriton>(y, x, scale);
+    return scale;
+  }
+  if (a.a1_scales != nullptr && !a.scales_by_expert) {
+    scale_by<kTriton>(y, x, __ldg(a.a1_scales + token));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) y[i] = x[i];
+  }
+  return 1.0f;
+}
+
+__device__ __forceinline__ int columns_at(const Arguments &a, uint32_t column) {
+  return static_cast<int>(min(static_cast<int64_t>(a.hidden) - column, static_cast<int64_t>(kOctet)));
 }
 
 // Rows converted on the way, eight columns a thread. kQuantization kGroup finds a scale for each 128 columns.
 template <typename In, typename Out, bool kVectors, quantize::Quantization kQuantization, bool kTriton>
 __global__ void __launch_bounds__(gpu::kMaxThreads) convert_kernel(const Arguments a) {
+  gpu::wait_for_earlier_work();
   const uint32_t column = (blockIdx.x * blockDim.x + threadIdx.x) * kOctet;
-  const int count = static_cast<int>(min(static_cast<int64_t>(a.hidden) - column, static_cast<int64_t>(kOctet)));
+  const int count = columns_at(a, column);
   const auto *input = static_cast<const In *>(a.input) + column;
   auto *output = static_cast<Out *>(a.output) + column;
   for (int64_t token = blockIdx.y; token < a.tokens; token += gridDim.y) {
-    float x[kOctet] = {};
-    if (count > 0) gpu::load_octet<kVectors>(x, input + token * a.hidden, count);
-    float y[kOctet];
-    const auto scale_by = [&](float scale) {
-      const float reciprocal = kTriton ? gpu::divide_approximately(1.0f, scale) : 0.0f;
-#pragma unroll
-      for (int i = 0; i < kOctet; ++i) y[i] = kTriton ? __fmul_rn(x[i], reciprocal) : __fdiv_rn(x[i], scale);
-    };
-    float group_scale = 0.0f;
-    if constexpr (kQuantization == quantize::kGroup) {
-      group_scale = gpu::float8_scale<kTriton>(gpu::group_max(gpu::absmax_of(x)), a.power_of_two);
-#pragma unroll
-      for (int i = 0; i < kOctet; ++i) y[i] = gpu::quantised<kTriton>(x[i], group_scale);
-    } else if (a.a1_scales == nullptr) {
-#pragma unroll
-      for (int i = 0; i < kOctet; ++i) y[i] = x[i];
-    } else if (!a.scales_by_expert) {
-      scale_by(__ldg(a.a1_scales + token));
-    }
-    for_slots(a, token, [&](uint32_t row, float scale) {
-      if (kQuantization == quantize::kStatic && a.scales_by_expert) scale_by(scale);
-      if (count > 0) gpu::store_octet<kVectors>(output + static_cast<uint64_t>(row) * a.hidden, y, count);
-      if (kQuantization == quantize::kGroup && count > 0 && threadIdx.x % 16 == 0) {
-        a.output_scales[static_cast<uint64_t>(row) * a.groups + column / quantize::kGroupSize] = group_scale;
-      }
+    for_lanes(a, token, [&](Slot mine) {
+      float x[kOctet] = {};
+      if (count > 0) gpu::load_octet<kVectors>(x, input + token * a.hidden, count);
+      float y[kOctet];
+      const float group_scale = convert<kQuantization, kTriton>(a, token, y, x);
+      for_slots(mine, [&](uint32_t row, float scale) {
+        if (kQuantization == quantize::kStatic && a.scales_by_expert) scale_by<kTriton>(y, x, scale);
+        if (count > 0) gpu::store_octet<kVectors>(output + static_cast<uint64_t>(row) * a.hidden, y, count, a.streams);
+        if (kQuantization == quantize::kGroup && count > 0 && threadIdx.x % 16 == 0) {
+          a.output_scales[static_cast<uint64_t>(row) * a.groups + column / quantize::kGroupSize] = group_scale;
+        }
+      });
     });
   }
 }
 
-constexpr int kRowThreads = 1024;
+constexpr int kRowThreads = 512;
+constexpr int kRowOctets = 2;  // of a thread, in registers
 
-// One block a token: its largest magnitude first, then the row again, of which a thread's first columns stay in
-// registers (all of them up to 8192 columns).
+// Rows quantised by token, one block each. Up to 8192 columns the row stays in registers between the search for its
+// largest magnitude and the division; of longer ones the rest is read again.
 template <typename In, bool kVectors, bool kTriton>
-__global__ void __launch_bounds__(kRowThreads) quantise_row_kernel(const Arguments a) {
-  __shared__ float warp_most[2][kRowThreads / 32];
+__global__ void __launch_bounds__(kRowThreads, 2) quantise_row_kernel(const Arguments a) {
+  __shared__ float warp_most[kRowThreads / 32];
+  gpu::wait_for_earlier_work();
+  const int64_t token = blockIdx.x;
+  bool local = false;
+  for_lanes(a, token, [&](Slot) { local = true; });
+  if (!local) return;
+  const auto *input = static_cast<const In *>(a.input) + token * a.hidden;
   const uint32_t stride = blockDim.x * kOctet;
-  int turn = 0;
-  for (int64_t token = blockIdx.x; token < a.tokens; token += gridDim.x, turn ^= 1) {
-    const auto *input = static_cast<const In *>(a.input) + token * a.hidden;
-    const auto columns_at = [&](uint32_t column) {
-      return static_cast<int>(min(static_cast<int64_t>(a.hidden) - column, static_cast<int64_t>(kOctet)));
-    };
-    const uint32_t first = threadIdx.x * kOctet;
-    float x[kOctet] = {};
-    if (first < a.hidden) gpu::load_octet<kVectors>(x, input + first, columns_at(first));
-    float most = gpu::absmax_of(x);
-    for (uint32_t column = first + stride; column < a.hidden; column += stride) {
-      float later[kOctet];
-      gpu::load_octet<kVectors>(later, input + column, columns_at(column));
-      most = fmaxf(most, gpu::absmax_of(later));
-    }
-    most = gpu::group_max(most);
-    most = fmaxf(most, __shfl_xor_sync(kWarp, most, 16));
-    if (threadIdx.x % 32 == 0) warp_most[turn][threadIdx.x / 32] = most;
-    __syncthreads();
-    for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) most = fmaxf(most, warp_most[turn][warp]);
-    const float scale = gpu::float8_scale<kTriton>(most, a.power_of_two);
-
-    // Uniform over the warp, whose lanes resolve slots together.
-    for (uint32_t begin = 0; begin < a.hidden; begin += stride) {
-      const uint32_t column = begin + first;
-      const int count = column < a.hidden ? columns_at(column) : 0;
-      if (begin > 0 && count > 0) gpu::load_octet<kVectors>(x, input + column, count);
-      float y[kOctet];
+  const uint32_t first = threadIdx.x * kOctet;
+  const auto load = [&](float (&x)[kOctet], uint32_t column) {
 #pragma unroll
-      for (int i = 0; i < kOctet; ++i) y[i] = gpu::quantised<kTriton>(x[i], scale);
-      for_slots(a, token, [&](uint32_t row, float) {
+    for (int i = 0; i < kOctet; ++i) x[i] = 0.0f;
+    if (column < a.hidden) gpu::load_octet<kVectors>(x, input + column, columns_at(a, column));
+  };
+  float x[kRowOctets][kOctet];
+#pragma unroll
+  for (int i = 0; i < kRowOctets; ++i) load(x[i], first + i * stride);
+  float most = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kRowOctets; ++i) most = fmaxf(most, gpu::absmax_of(x[i]));
+#pragma unroll 1
+  for (uint32_t column = first + kRowOctets * stride; column < a.hidden; column += stride) {
+    float later[kOctet];
+    load(later, column);
+    most = fmaxf(most, gpu::absmax_of(later));
+  }
+  most = gpu::group_max(most);
+  most = fmaxf(most, __shfl_xor_sync(kWarp, most, 16));
+  if (threadIdx.x % 32 == 0) warp_most[threadIdx.x / 32] = most;
+  __syncthreads();
+  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) most = fmaxf(most, warp_most[warp]);
+  const float scale = gpu::float8_scale<kTriton>(most, a.power_of_two);
+
+  // Called by whole warps, whose lanes resolve slots together.
+  const auto store = [&](const float (&values)[kOctet], uint32_t column) {
+    const int count = column < a.hidden ? columns_at(a, column) : 0;
+    float y[kOctet];
+    gpu::quantise<kTriton>(y, values, scale);
+    for_lanes(a, token, [&](Slot mine) {
+      for_slots(mine, [&](uint32_t row, float) {
         auto *output = static_cast<Float8 *>(a.output) + static_cast<uint64_t>(row) * a.hidden + column;
-        if (count > 0) gpu::store_octet<kVectors>(output, y, count);
-        if (begin == 0 && threadIdx.x == 0) a.output_scales[row] = scale;
+        if (count > 0) gpu::store_octet<kVectors>(output, y, count, a.streams);
+        if (column == 0) a.output_scales[row] = scale;
       });
-    }
+    });
+  };
+#pragma unroll
+  for (int i = 0; i < kRowOctets; ++i) {
+    if (i * stride < a.hidden) store(x[i], first + i * stride);
+  }
+#pragma unroll 1
+  for (uint32_t begin = kRowOctets * stride; begin < a.hidden; begin += stride) {
+    float later[kOctet];
+    load(later, begin + first);
+    store(later, begin + first);
   }
 }
 
 using gpu::Kernel;
 using gpu::kernel_of;
 
-template <typename In, typename Out, bool kVectors, bool kTriton>
-Kernel &for_quantization(quantize::Quantization quantization) {
-  if constexpr (std::is_same_v<Out, Float8>) {
-    if (quantization == quantize::kGroup) {
-      return kernel_of<&convert_kernel<In, Out, kVectors, quantize::kGroup, kTriton>>();
-    }
-    if (quantization == quantize::kToken) return kernel_of<&quantise_row_kernel<In, kVectors, kTriton>>();
+template <typename In, typename Out, quantize::Quantization kQuantization, bool kTriton>
+Kernel &for_alignment(bool vectors) {
+  if constexpr (kQuantization == quantize::kToken) {
+    return vectors ? kernel_of<&quantise_row_kernel<In, true, kTriton>>()
+                   : kernel_of<&quantise_row_kernel<In, false, kTriton>>();
+  } else {
+    return vectors ? kernel_of<&convert_kernel<In, Out, true, kQuantization, kTriton>>()
+                   : kernel_of<&convert_kernel<In, Out, false, kQuantization, kTriton>>();
   }
-  return kernel_of<&convert_kernel<In, Out, kVectors, quantize::kStatic, kTriton>>();
 }
 
-template <typename In, typename Out>
-Kernel &for_types(const Problem &p, bool vectors) {
-  if (p.numerics == kTriton) {
-    return vectors ? for_quantization<In, Out, true, true>(p.quantization)
-                   : for_quantization<In, Out, false, true>(p.quantization);
+template <typename In, typename Out, bool kTriton>
+Kernel &for_quantization(const Problem &p, bool vectors) {
+  if constexpr (std::is_same_v<Out, Float8>) {
+    if (p.quantization == quantize::kGroup) return for_alignment<In, Out, quantize::kGroup, kTriton>(vectors);
+    if (p.quantization == quantize::kToken) return for_alignment<In, Out, quantize::kToken, kTriton>(vectors);
   }
-  return vectors ? for_quantization<In, Out, true, false>(p.quantization)
-                 : for_quantization<In, Out, false, false>(p.quantization);
+  return for_alignment<In, Out, quantize::kStatic, kTriton>(vectors);
+}
+
+template <typename In, bool kTriton>
+Kernel &for_output(const Problem &p, bool vectors) {
+  if (p.output_dtype == EPMOE_FLOAT8_E4M3FN) return for_quantization<In, Float8, kTriton>(p, vectors);
+  return for_quantization<In, In, kTriton>(p, vectors);
 }
 
 template <typename In>
-Kernel &for_input(const Problem &p, bool vectors) {
-  if (p.output_dtype == EPMOE_FLOAT8_E4M3FN) return for_types<In, Float8>(p, vectors);
-  return for_types<In, In>(p, vectors);
+Kernel &for_numerics(const Problem &p, bool vectors) {
+  return p.numerics == kTriton ? for_output<In, true>(p, vectors) : for_output<In, false>(p, vectors);
 }
 
 Kernel &choose(const Problem &p, bool vectors) {
   switch (p.input_dtype) {
     case EPMOE_FLOAT32:
-      return for_input<float>(p, vectors);
+      return for_numerics<float>(p, vectors);
     case EPMOE_FLOAT16:
-      return for_input<__half>(p, vectors);
+      return for_numerics<__half>(p, vectors);
     default:
-      return for_input<__nv_bfloat16>(p, vectors);
+      return for_numerics<__nv_bfloat16>(p, vectors);
   }
 }
 
@@ -230,23 +325,53 @@ bool divides(int64_t bytes, const Problem &p, int64_t row_bytes) {
   return (bits | static_cast<uintptr_t>(row_bytes)) % static_cast<uintptr_t>(bytes) == 0;
 }
 
+unsigned rows_of_grid(int64_t tokens) { return static_cast<unsigned>(std::min<int64_t>(tokens, 65535)); }
+
 dim3 grid_of(int64_t tokens, int64_t columns, int threads) {
-  return {static_cast<unsigned>((columns + threads - 1) / threads),
-          static_cast<unsigned>(std::min<int64_t>(tokens, 65535))};
+  return {static_cast<unsigned>((columns + threads - 1) / threads), rows_of_grid(tokens)};
 }
+
+// Then rows displace each other in L2 anyway.
+bool exceeds_l2(const Problem &p) {
+  const int64_t bytes = p.tokens * p.hidden * (itemsize(p.input_dtype) + p.topk * itemsize(p.output_dtype));
+  return bytes > cuda::facts(p.call->device.device_id).l2_bytes;
+}
+
+constexpr int64_t kMostPart = 16384;  // bytes of a row in shared memory: a dozen blocks share an SM's
 
 void launch_copy(const Problem &p, const Arguments &a) {
   const int64_t row_bytes = p.hidden * itemsize(p.input_dtype);
+  if (gpu::bulk::available(p.call->device.device_id) && a.streams && divides(16, p, row_bytes)) {
+    const int64_t parts = (row_bytes + kMostPart - 1) / kMostPart;
+    const int64_t part = (row_bytes / parts + 15) / 16 * 16;
+    const int64_t blocks = (row_bytes + part - 1) / part;
+    kernel_of<&bulk_copy_kernel>().launch(*p.call, dim3(static_cast<unsigned>(blocks), rows_of_grid(p.tokens)),
+                                          dim3(32), static_cast<size_t>(part), a, static_cast<uint32_t>(row_bytes),
+                                          static_cast<uint32_t>(part));
+    return;
+  }
   const auto launch = [&](Kernel &kernel, int64_t unit) {
     const int64_t width = row_bytes / unit;
     const int threads = gpu::threads_for(width);
-    kernel.launch(grid_of(p.tokens, width, threads), dim3(static_cast<unsigned>(threads)), p.call->stream, 0, a,
+    kernel.launch(*p.call, grid_of(p.tokens, width, threads), dim3(static_cast<unsigned>(threads)), 0, a,
                   static_cast<uint32_t>(width));
   };
   if (divides(16, p, row_bytes)) return launch(kernel_of<&copy_kernel<uint4>>(), 16);
   if (divides(4, p, row_bytes)) return launch(kernel_of<&copy_kernel<uint32_t>>(), 4);
   if (divides(2, p, row_bytes)) return launch(kernel_of<&copy_kernel<uint16_t>>(), 2);
   launch(kernel_of<&copy_kernel<uint8_t>>(), 1);
+}
+
+void launch_conversion(const Problem &p, const Arguments &a) {
+  const int64_t octets = (p.hidden + kOctet - 1) / kOctet;
+  Kernel &kernel = choose(p, p.hidden % kOctet == 0 && divides(16, p, 0));
+  if (p.quantization == quantize::kToken) {
+    const int64_t needed = (octets + kRowOctets - 1) / kRowOctets;
+    const auto threads = static_cast<unsigned>(std::min<int64_t>(kRowThreads, (needed + 31) / 32 * 32));
+    return kernel.launch(*p.call, dim3(static_cast<unsigned>(p.tokens)), dim3(threads), 0, a);
+  }
+  const int threads = gpu::threads_for(octets);
+  kernel.launch(*p.call, grid_of(p.tokens, octets, threads), dim3(static_cast<unsigned>(threads)), 0, a);
 }
 
 }  // namespace
@@ -278,18 +403,9 @@ void run_cuda(const Problem &p) {
   a.topk_ids_int64 = p.topk_ids.is_int64;
   a.scales_by_expert = p.scales_by_expert();
   a.power_of_two = p.power_of_two;
+  a.streams = exceeds_l2(p);
   if (p.copies()) return launch_copy(p, a);
-
-  const bool vectors = p.hidden % kOctet == 0 && divides(16, p, 0);
-  const int64_t octets = (p.hidden + kOctet - 1) / kOctet;
-  if (p.quantization == quantize::kToken) {
-    const auto threads = static_cast<unsigned>(std::min<int64_t>(kRowThreads, (octets + 31) / 32 * 32));
-    const auto blocks = static_cast<unsigned>(std::min<int64_t>(p.tokens, INT32_MAX));
-    return choose(p, vectors).launch(dim3(blocks), dim3(threads), p.call->stream, 0, a);
-  }
-  const int threads = gpu::threads_for(octets);
-  choose(p, vectors)
-      .launch(grid_of(p.tokens, octets, threads), dim3(static_cast<unsigned>(threads)), p.call->stream, 0, a);
+  launch_conversion(p, a);
 }
 
 }  // namespace epmoe::scatter_rows

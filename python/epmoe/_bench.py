@@ -4,6 +4,7 @@ On CUDA a sample is a replay of a graph that holds many calls, so that no launch
 "Cold" calls rotate over copies of the arguments that together exceed the caches.
 """
 
+import inspect
 import math
 import statistics
 import time
@@ -14,6 +15,9 @@ from epmoe import references
 
 __all__ = ["call_of", "copy_rate", "measure"]
 
+_LEAST_REPLAY = 0.002  # seconds; starting and ending a replay takes some ten microseconds
+_MOST_CALLS = 2000
+
 
 def call_of(op, name, arguments):
     """A callable of no arguments, or why there is none. ``name`` is epmoe, epmoe:triton-numerics, or a reference's."""
@@ -22,6 +26,8 @@ def call_of(op, name, arguments):
 
         function = getattr(epmoe, op)
         more = {"numerics": "triton"} if name.endswith("triton-numerics") else {}
+        if more and "numerics" not in inspect.signature(function).parameters:
+            return "has no rounding to choose"
         return lambda: function(**arguments, **more)
     if name == "torch.compile":
         function = torch.compile(references.references_of(op)["torch"].run)
@@ -40,54 +46,68 @@ def _nbytes(arguments):
 
 
 def copy_rate(device, nbytes):
-    """Bytes read plus written a second by a copy of so many bytes: what memory gives a kernel that only moves."""
-    source = torch.ones(nbytes, dtype=torch.uint8, device=device)
+    """Bytes read plus written a second by a copy of so many bytes: what memory gives a kernel that only moves.
+
+    On CUDA the copy is launched on a stream, which a kernel does; as a node of a graph, a slower engine may do it.
+    """
+    words = nbytes // 4
+    source = torch.arange(words, dtype=torch.int32, device=device).mul_(-1640531527)  # not compressible
     target = torch.empty_like(source)
-    samples = _Clock(device, [lambda: target.copy_(source)]).samples(9)
-    return 2 * nbytes / statistics.median(samples)
+    samples = _Clock(device, [lambda: target.copy_(source)], capture=False).samples(9)
+    return 2 * 4 * words / statistics.median(samples)
 
 
 class _Clock:
     """Seconds a call, of calls that are made in turn."""
 
-    def __init__(self, device, calls):
+    def __init__(self, device, calls, capture=True):
         self.cuda = torch.device(device).type == "cuda"
         self.calls = calls
         self.graph = None
         self.note = ""
         for call in calls:
             call()
-        if self.cuda:
+        if self.cuda and capture:
             self._capture()
         self.repeats = max(1, math.ceil(0.002 / max(1e-7, self._once())) if self.graph is None else 1)
 
     def _capture(self):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for call in self.calls:
-            call()
-        torch.cuda.synchronize()
-        each = (time.perf_counter() - begin) / len(self.calls)
-        self.count = max(len(self.calls), min(2000, math.ceil(0.001 / max(1e-6, each))))
-        graph = torch.cuda.CUDAGraph()
+        """Captures enough calls that what starts and ends a replay is lost among them."""
+        self.count = len(self.calls)
         try:
-            with torch.cuda.graph(graph):
-                for i in range(self.count):
-                    self.calls[i % len(self.calls)]()
-            self.graph = graph
+            while True:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    for i in range(self.count):
+                        self.calls[i % len(self.calls)]()
+                self.graph = graph
+                spent = min(self._replay() for _ in range(3)) * self.count
+                if spent > _LEAST_REPLAY or self.count >= _MOST_CALLS:
+                    return
+                enough = math.ceil(1.2 * _LEAST_REPLAY / spent * self.count)
+                self.count = min(_MOST_CALLS, max(2 * self.count, enough))
         except Exception as error:  # waits for the GPU, allocates outside the pool, ...
             torch.cuda.synchronize()
+            self.graph = None
             self.note = f"not captured: {type(error).__name__}"
 
     def _once(self):
-        if self.graph is not None:
-            return self._replay()
         begin = time.perf_counter()
         for call in self.calls:
             call()
         if self.cuda:
             torch.cuda.synchronize()
         return (time.perf_counter() - begin) / len(self.calls)
+
+    def _stream(self):
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        for _ in range(self.repeats):
+            for call in self.calls:
+                call()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) * 1e-3 / self.repeats / len(self.calls)
 
     def _replay(self):
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -100,6 +120,8 @@ class _Clock:
     def sample(self):
         if self.graph is not None:
             return self._replay()
+        if self.cuda:
+            return self._stream()
         return sum(self._once() for _ in range(self.repeats)) / self.repeats
 
     def samples(self, count):

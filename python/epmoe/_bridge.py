@@ -10,6 +10,8 @@ import json
 import sys
 import traceback
 
+from epmoe.errors import EpmoeError
+
 
 class Box:
     """What JavaScript holds: an object it may not touch directly, or the description of a failure.
@@ -76,6 +78,9 @@ def _failure(error):
     except BaseException:
         trace = ""
     details = {"type": type(error).__qualname__, "message": message, "traceback": trace, "token": token}
+    if isinstance(error, EpmoeError):
+        parts = ("code", "op", "argument", "expected", "received", "hint")
+        details["epmoe"] = [getattr(error, part) for part in parts]
     return Box("failure", error, json.dumps(details))
 
 

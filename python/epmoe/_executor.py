@@ -228,8 +228,8 @@ def shutdown(seconds):
     for thread in threading.enumerate():
         if thread is not threading.main_thread() and not thread.daemon:
             thread.join(max(0.0, deadline - time.monotonic()))
-    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
     atexit._run_exitfuncs()
+    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()

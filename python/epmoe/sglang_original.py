@@ -66,7 +66,7 @@ class Original:
 @functools.cache
 def find():
     """The installed SGLang's kernels; EPMOE_SGLANG may name a folder that holds the package, or the file itself."""
-    path, version = _locate()
+    path, version = locate()
     if path is None:
         named = os.environ.get("EPMOE_SGLANG")
         where = f"EPMOE_SGLANG={named} holds no sglang with" if named else "SGLang is not installed, or has no"
@@ -81,8 +81,9 @@ def find():
     return Original(None, module, version, generation, path)
 
 
-def _locate():
-    named = os.environ.get("EPMOE_SGLANG")
+def locate(named=None):
+    """The file with the kernels, or None, and the version it is of; ``named`` wins over EPMOE_SGLANG."""
+    named = named or os.environ.get("EPMOE_SGLANG")
     if named:
         root = Path(named)
         if root.is_file():
@@ -112,14 +113,18 @@ def _version_of(package):
 def generation_of(kernel):
     """``A`` to ``D``, told by the argument list and, between C and D, by the gate. None when it is none of them."""
     function = getattr(kernel, "fn", kernel)
-    names = list(inspect.signature(function).parameters)
-    tail = names[5:]
+    return generation_by(tuple(inspect.signature(function).parameters), lambda: inspect.getsource(function))
+
+
+def generation_by(names, source):
+    """The same by post_reorder's parameters; ``source()`` is its text."""
+    tail = list(names[5:])
     if tail == ["start_expert_id", "end_expert_id", "topk", "hidden_size", "BLOCK_SIZE"]:
         return "A"
     if tail == ["start_expert_id", "end_expert_id", "topk", "hidden_size", "dst_start", "BLOCK_SIZE"]:
         return "B"
     if tail == ["topk", "hidden_size", "BLOCK_SIZE"]:
-        gate = re.search(r"if\s+expert_id\s*(>=?)\s*0", inspect.getsource(function))
+        gate = re.search(r"if\s+expert_id\s*(>=?)\s*0", source())
         return {">": "C", ">=": "D"}.get(gate.group(1)) if gate else None
     return None
 

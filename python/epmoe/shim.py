@@ -1,7 +1,8 @@
 """Objects that take the place of SGLang's Triton kernels and run epmoe instead, or beside them.
 
 ``install()`` puts them into the loaded modules that hold the kernels; ``uninstall()`` puts the originals back.
-Rewritten sources use them by name: ``epmoe.shim.post_reorder_triton_kernel[grid](...)``. A kernel's mode is one of
+Sources that ``epmoe scan`` has rewritten say ``drop_in(kernel)[grid](...)``. Where there is no Triton kernel, the
+objects go by their names: ``epmoe.shim.post_reorder_triton_kernel[grid](...)``. A kernel's mode is one of
 
 - ``epmoe`` (the default): epmoe's kernel, with the original's arithmetic; a call that epmoe does not take goes to
   Triton, counted and warned of once, or raises where ``strict`` is set;
@@ -29,6 +30,7 @@ from epmoe.migrate import config as _config
 __all__ = [
     "apply",
     "configure",
+    "drop_in",
     "events",
     "flush",
     "get_mode",
@@ -42,6 +44,9 @@ __all__ = [
     "uninstall",
     "watch",
 ]
+
+
+drop_in = _install.drop_in
 
 
 def install(modules=None, *, config=None, mode=None, **modes):

@@ -34,6 +34,10 @@ export class Axes {
     return this.#dtype
   }
 
+  get device(): string {
+    return this.#device
+  }
+
   size(axis: string): number {
     return this.#sizes.get(axis) ?? 0
   }
@@ -85,11 +89,11 @@ export class Axes {
 }
 
 /** Refuses arguments that nobody would read. */
-export function onlyKnown(args: object, known: readonly string[]): void {
+export function onlyKnown(args: object, known: readonly string[], op = 'moeLayer'): void {
   if (typeof args !== 'object' || args === null) {
     throw new EpmoeError({
       code: 'ERR_MISSING_ARGUMENT',
-      op: 'moeLayer',
+      op,
       expected: 'an object of named arguments',
       received: describeValue(args),
       hint: `It may have ${known.join(', ')}`,
@@ -99,7 +103,7 @@ export function onlyKnown(args: object, known: readonly string[]): void {
     if (known.includes(key) || value === undefined) continue
     throw new EpmoeError({
       code: 'ERR_UNEXPECTED_ARGUMENT',
-      op: 'moeLayer',
+      op,
       argument: key,
       expected: `only ${known.join(', ')}`,
       received: describeValue(value),
@@ -109,11 +113,11 @@ export function onlyKnown(args: object, known: readonly string[]): void {
 }
 
 /** Refuses a name that is none of these; what is no name is for others to judge. */
-export function oneOf(argument: string, value: unknown, names: readonly string[]): void {
+export function oneOf(argument: string, value: unknown, names: readonly string[], op = 'moeLayer'): void {
   if (typeof value !== 'string' || names.includes(value)) return
   throw new EpmoeError({
     code: 'ERR_VALUE',
-    op: 'moeLayer',
+    op,
     argument,
     expected: names.map((name) => `'${name}'`).join(' or '),
     received: describeValue(value),

@@ -1,4 +1,4 @@
-import { PythonError } from '../errors.js'
+import { nativeError, PythonError } from '../errors.js'
 import { decode, Encoder, KeywordArguments } from './encode.js'
 import { Executor, JobArgument } from './executor.js'
 import type { Pymport, PyObject } from './pymport.js'
@@ -95,8 +95,9 @@ export class Runtime {
   }
 
   #failure(text: string): PythonError {
-    const details = JSON.parse(text) as { type: string; message: string; traceback: string; token: string }
-    const cause = this.#thrown.get(details.token)
+    const details = JSON.parse(text) as Failure
+    // The error of a JavaScript function that Python called, or epmoe's own Python error in this side's terms.
+    const cause = details.epmoe === undefined ? this.#thrown.get(details.token) : nativeError(...details.epmoe)
     this.#thrown.delete(details.token)
     return new PythonError(
       details.type,
@@ -105,6 +106,16 @@ export class Runtime {
       cause === undefined ? undefined : { cause },
     )
   }
+}
+
+/** What the bridge tells of an exception. */
+interface Failure {
+  type: string
+  message: string
+  traceback: string
+  token: string
+  /** Of an EpmoeError: code, op, argument, expected, received, hint. */
+  epmoe?: Parameters<typeof nativeError>
 }
 
 /** A call's operands as the bridge takes them: callable, positional and keyword arguments. */

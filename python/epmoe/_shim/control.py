@@ -9,12 +9,10 @@ import threading
 import time
 import warnings
 
-from epmoe._shim.forms import KERNELS
-from epmoe._shim.helpers import HELPERS
+from epmoe._shim.signatures import NAMES
 from epmoe.errors import EpmoeError
 
 MODES = ("triton", "epmoe", "shadow", "off")
-NAMES = (*KERNELS, *HELPERS)
 ENVIRONMENT = "EPMOE_SHIM"
 MAX_EVENTS, MAX_REASONS, MAX_SHAPES, MAX_TIMED = 1000, 64, 4096, 256
 SETTINGS = {

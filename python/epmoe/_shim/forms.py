@@ -1,8 +1,8 @@
 """What a launch of one of SGLang's kernels, or a call of one of its helpers, asks of epmoe.
 
-A form is one signature of a kernel. ``translate`` turns its values and the number of programs into a :class:`Call`,
-or raises :class:`Refused`. Kernels see memory and numbers, not shapes: tables are cut to what the grid and the numbers
-say.
+``TRANSLATE`` has a function for each kernel: it turns the values of a launch, by the names of its form
+(signatures.py), and the number of programs into a :class:`Call`, or raises :class:`Refused`. Kernels see memory and
+numbers, not shapes: tables are cut to what the grid and the numbers say.
 """
 
 import functools
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from epmoe import generated, sglang_original
+from epmoe._shim.signatures import form_of_names, forms_by_call
 
 
 class Refused(Exception):  # noqa: N818
@@ -54,20 +55,6 @@ class Call:
     def comparable(self, outputs):
         """What of the outputs has to be the same."""
         return outputs
-
-
-@dataclass
-class Form:
-    """A signature is known by the names at the positions ``numbers``; tensors are named differently by version."""
-
-    names: tuple
-    numbers: range
-    translate: object
-    generation: str = ""
-    refused: str = ""
-
-    def fits(self, names):
-        return len(names) == len(self.names) and all(names[at] == self.names[at] for at in self.numbers)
 
 
 # ---------------------------------------------------------------- tables
@@ -195,56 +182,32 @@ def _activation(values, programs, numerics, op):
     return Call(op, arguments, ("down_input",))
 
 
-_GATHERED = ("down_output_ptr", "output_ptr", "src2dst_ptr", "topk_ids_ptr", "topk_weights_ptr")
-_SCATTERED = ("input_ptr", "gateup_input_ptr", "src2dst_ptr", "topk_ids_ptr", "a1_scales_ptr")
-_RANGE = ("start_expert_id", "end_expert_id")
-_SIZES = ("topk", "hidden_size")
-_BLOCK = ("BLOCK_SIZE",)
-_ACTIVATED = ("gateup_output", "down_input", "hidden_size", "reorder_topk_ids", "scales", *_RANGE, *_BLOCK)
+def _post_reorder_generations(values, programs, numerics):
+    """A and B are told which experts are local and sum in their own dtype; C and D take local ids, D in float32."""
+    if "start_expert_id" in values:
+        return _post_reorder(values, programs, numerics)
+    return _post_reorder(values, programs, numerics, exact="fp32", gate="sign")
 
 
-def _form(names, first_number, translate, generation="", **more):
-    return Form(names, range(first_number, len(names)), translate, generation, **more)
-
-
-_by_range = _post_reorder
-_by_sign = functools.partial(_post_reorder, exact="fp32", gate="sign")
-_by_src2dst = functools.partial(_post_reorder, gate="src2dst")
-
-KERNELS = {
-    "post_reorder_triton_kernel": (
-        _form((*_GATHERED, *_RANGE, *_SIZES, *_BLOCK), 5, _by_range, "A"),
-        _form((*_GATHERED, *_RANGE, *_SIZES, "dst_start", *_BLOCK), 5, _by_range, "B"),
-        _form((*_GATHERED, *_SIZES, *_BLOCK), 5, _by_sign, "D"),
-        _form((*_GATHERED, *_SIZES, *_BLOCK), 5, _by_sign, "C", refused=sglang_original.KNOWN_WRONG),
-    ),
-    "deepep_post_reorder_triton_kernel": (
-        _form((*_GATHERED, *_SIZES, *_BLOCK), 5, _by_src2dst),
-        _form((*_GATHERED, *_SIZES, "routed_scaling_factor", *_BLOCK), 5, _by_src2dst),
-    ),
-    "pre_reorder_triton_kernel": (
-        _form((*_SCATTERED, *_RANGE, *_SIZES, *_BLOCK), 5, _pre_reorder),
-        _form((*_SCATTERED, *_RANGE, *_SIZES, *_BLOCK, "use_per_token_if_dynamic"), 5, _pre_reorder),
-    ),
-    "deepep_permute_triton_kernel": (_form((*_SCATTERED, *_SIZES, *_BLOCK), 5, _pre_reorder),),
-    "silu_and_mul_triton_kernel": (_form(_ACTIVATED, 5, functools.partial(_activation, op="silu_and_mul")),),
-    "gelu_and_mul_triton_kernel": (_form(_ACTIVATED, 5, functools.partial(_activation, op="gelu_and_mul")),),
+TRANSLATE = {
+    sglang_original.POST_REORDER: _post_reorder_generations,
+    "deepep_post_reorder_triton_kernel": functools.partial(_post_reorder, gate="src2dst"),
+    "pre_reorder_triton_kernel": _pre_reorder,
+    "deepep_permute_triton_kernel": _pre_reorder,
+    "silu_and_mul_triton_kernel": functools.partial(_activation, op="silu_and_mul"),
+    "gelu_and_mul_triton_kernel": functools.partial(_activation, op="gelu_and_mul"),
 }
 
 
 def form_of(kernel, name):
     """The form of a Triton kernel, or None where its signature is not known."""
-    names = tuple(inspect.signature(getattr(kernel, "fn", kernel)).parameters)
-    found = [form for form in KERNELS[name] if form.fits(names)]
-    if name == sglang_original.POST_REORDER:
-        generation = sglang_original.generation_of(kernel)
-        found = [form for form in found if form.generation == generation]
-    return found[0] if found else None
+    function = getattr(kernel, "fn", kernel)
+    return form_of_names(name, tuple(inspect.signature(function).parameters), lambda: inspect.getsource(function))
 
 
 def form_by_call(name, positional, keywords):
     """The form that a call without a Triton kernel behind it fits; of C and D, D."""
-    for form in KERNELS[name]:
-        if not form.refused and positional <= len(form.names) and set(form.names[positional:]) == keywords:
+    for form in forms_by_call(name, positional, keywords):
+        if not form.refused:
             return form
     raise Refused("no known signature", f"{positional} positional arguments and {sorted(keywords)}")

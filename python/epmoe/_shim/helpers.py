@@ -1,12 +1,13 @@
 """What a call of one of SGLang's helpers, Python functions around its kernels, asks of epmoe."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from epmoe import generated
 from epmoe._shim.forms import Call, Refused, dense, factor, number, numerics_or, rows_of, table
+from epmoe._shim.signatures import HELPERS
 from epmoe.ops.preprocess import COUNTING, DROPPING, counts_as_known
 
 
@@ -99,17 +100,6 @@ def _masked(values, original, numerics):
     return Call("silu_and_mul", arguments, ("down_input", "output_scales"))
 
 
-_SCATTER = (
-    "recv_x",
-    "recv_x_scale",
-    "recv_topk",
-    "num_recv_tokens_per_expert",
-    "expert_start_loc",
-    "output_tensor",
-    "output_tensor_scale",
-    "m_indices",
-    "output_index",
-)
 _SCATTER_OUTPUTS = ("expert_start_loc", "output_tensor", "output_tensor_scale", "m_indices", "output_index")
 
 
@@ -152,15 +142,15 @@ class Scatter(Call):
 def _scatter(values, original, numerics):
     if values.get("scale_ue8m0"):
         raise Refused("scale_ue8m0 packs four scales in a word")
-    arguments = {name: dense(values, name) for name in _SCATTER}
+    arguments = {name: dense(values, name) for name in HELPERS["ep_scatter"].names}
     if arguments["m_indices"].shape[0] % 128:
         raise Refused("m_indices is no multiple of 128")
     return Scatter("ep_scatter", arguments, _SCATTER_OUTPUTS)
 
 
 def _gather(values, original, numerics):
-    names = ("input_tensor", "recv_topk_ids", "recv_topk_weight", "input_index", "output_tensor")
-    return Call("ep_gather", {name: dense(values, name) for name in names}, ("output_tensor",), ("output_tensor",))
+    arguments = {name: dense(values, name) for name in HELPERS["ep_gather"].names}
+    return Call("ep_gather", arguments, ("output_tensor",), ("output_tensor",))
 
 
 def _deepgemm(values, original, numerics):
@@ -177,44 +167,17 @@ def _deepgemm(values, original, numerics):
     return Call("post_reorder", arguments, ("output",), ("output",), "output")
 
 
-@dataclass
-class Helper:
-    """``may`` are parameters of some versions, and the values that epmoe takes of them."""
-
-    names: tuple
-    translate: object
-    may: dict = field(default_factory=dict)
-
-    def fits(self, names):
-        return tuple(names[: len(self.names)]) == self.names
-
-
 def _counting(negatives):
     return lambda values, original, numerics: _preprocess(values, original, negatives)
 
 
-HELPERS = {
-    COUNTING: Helper(("topk_ids", "num_experts"), _counting("counted")),
-    DROPPING: Helper(("topk_ids", "num_experts"), _counting("dropped")),
-    "silu_and_mul_masked_post_quant_fwd": Helper(
-        ("input", "output", "output_scale", "quant_group_size", "masked_m"), _masked, {"scale_ue8m0": (False, True)}
-    ),
-    "ep_scatter": Helper(_SCATTER, _scatter, {"scale_ue8m0": (False,)}),
-    "ep_gather": Helper(("input_tensor", "recv_topk_ids", "recv_topk_weight", "input_index", "output_tensor"), _gather),
-    "post_reorder_deepgemm": Helper(
-        (
-            "down_output",
-            "output",
-            "src2dst",
-            "topk_ids",
-            "topk_weights",
-            "topk",
-            "num_tokens",
-            "hidden_size",
-            "routed_scaling_factor",
-        ),
-        _deepgemm,
-    ),
+TRANSLATE = {
+    COUNTING: _counting("counted"),
+    DROPPING: _counting("dropped"),
+    "silu_and_mul_masked_post_quant_fwd": _masked,
+    "ep_scatter": _scatter,
+    "ep_gather": _gather,
+    "post_reorder_deepgemm": _deepgemm,
 }
 
 

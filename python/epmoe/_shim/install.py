@@ -7,9 +7,9 @@ import types
 from dataclasses import dataclass, field
 
 from epmoe._shim.control import NAMES, controls, lock
-from epmoe._shim.forms import KERNELS, form_of
-from epmoe._shim.helpers import HELPERS
-from epmoe._shim.kernels import Shim, make
+from epmoe._shim.forms import form_of
+from epmoe._shim.kernels import Shim, make, warn
+from epmoe._shim.signatures import HELPERS, KERNELS
 from epmoe.errors import EpmoeError
 
 
@@ -101,6 +101,33 @@ def install(modules=None):
                     held[key] = shim
                     done.replaced.append((module_name, key, shim.__name__))
     return done
+
+
+_drop_ins = {}  # id of a kernel: its shim, or the kernel itself where its signature is not known; both keep it alive
+
+
+def drop_in(kernel):
+    """The shim of one kernel or helper, for sources that are rewritten: ``drop_in(kernel)[grid](...)``.
+
+    It asks for no ``install`` and is not undone by ``uninstall``; the modes and EPMOE_SHIM hold for it. A kernel of an
+    unknown signature, and anything that is no kernel, comes back as it is.
+    """
+    known = _drop_ins.get(id(kernel))
+    return known if known is not None else _dropped_in(kernel)
+
+
+def _dropped_in(kernel):
+    if _is_shim(kernel):
+        return kernel
+    # Asked of the object alone: a value that only says it has such a name is none of ours.
+    name = getattr(getattr(kernel, "fn", kernel), "__name__", None)
+    objection = _objection(kernel, name) if name in NAMES else False
+    if objection is False:
+        return kernel
+    with lock:
+        if objection and id(kernel) not in _drop_ins:
+            warn(f"{name} is left as it is: {objection}")
+        return _drop_ins.setdefault(id(kernel), kernel if objection else make(name, kernel))
 
 
 def uninstall():

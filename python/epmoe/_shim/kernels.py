@@ -9,32 +9,13 @@ import warnings
 from torch import Tensor
 
 from epmoe import sglang_original
-from epmoe._shim import capture, shadow
+from epmoe._shim import capture, helpers, shadow
 from epmoe._shim.control import Sampler, controls, recorder, timed
-from epmoe._shim.forms import KERNELS, Refused, form_by_call, form_of
-from epmoe._shim.helpers import HELPERS, check_options
+from epmoe._shim.forms import TRANSLATE, Refused, form_by_call, form_of
+from epmoe._shim.signatures import HELPERS, KERNELS, OPTIONS
 from epmoe.errors import EpmoeError
 from epmoe.migrate import capsule as capsules
 
-# What a launch may say of how Triton should compile it; none of it changes a result.
-OPTIONS = {
-    "num_warps",
-    "num_stages",
-    "num_ctas",
-    "num_buffers_warp_spec",
-    "num_consumer_groups",
-    "reg_dec_producer",
-    "reg_inc_consumer",
-    "maxnreg",
-    "cluster_dims",
-    "launch_cooperative_grid",
-    "launch_pdl",
-    "debug",
-    "sanitize_overflow",
-    "waves_per_eu",
-    "matrix_instr_nonkdim",
-    "kpack",
-}
 _NO_ORIGINAL = "Install an SGLang that has it, name one in EPMOE_SGLANG, or set the mode to 'epmoe'"
 
 
@@ -282,7 +263,7 @@ class Kernel(Shim):
             raise Refused("arguments are missing", ", ".join(name for name in names if name not in bound))
         programs, told = _programs(grid(bound) if callable(grid) else grid)
         values = {own: bound[name] for own, name in zip(form.names, names, strict=True)}
-        call = form.translate(values, programs, self._control.numerics)
+        call = TRANSLATE[self.__name__](values, programs, self._control.numerics)
         return form.generation, call, Launch(values, told, options)
 
 
@@ -318,8 +299,8 @@ class Helper(Shim):
                 raise Refused("the arguments do not fit", str(error)) from None
             bound.apply_defaults()
             values = bound.arguments
-        check_options(helper, values)
-        call = helper.translate(values, self._original, self._control.numerics)
+        helpers.check_options(helper, values)
+        call = helpers.TRANSLATE[self.__name__](values, self._original, self._control.numerics)
         return "", call, Launch(values)
 
 

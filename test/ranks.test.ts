@@ -1,0 +1,185 @@
+import { mkdtempSync, readFileSync, rmSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import test, { type ExecutionContext } from 'ava'
+import { gpu } from './helpers/devices.js'
+import { inParallel } from './helpers/in-parallel.js'
+import { type Ending, onTheirOwn, torchrun } from './ranks/launch.js'
+import type { Outcome, Report, Sums } from './ranks/outcome.js'
+
+// NCCL wants a GPU for each rank: with one GPU it is tried with one rank, and several ranks by way of the host.
+const jobs = [
+  { ranks: 2, backend: 'gloo', device: 'cpu' },
+  { ranks: 4, backend: 'gloo', device: 'cpu' },
+  ...(gpu === undefined
+    ? []
+    : [
+        { ranks: 1, backend: 'nccl', device: 'cuda:0' },
+        { ranks: 2, backend: 'gloo', device: 'cuda:0' },
+      ]),
+]
+
+for (const { ranks, backend, device } of jobs) {
+  test.serial(`the layer on ${ranks} ranks is no worse than plain torch, ${backend}, ${device}`, async (t) => {
+    const reports = await reportsOf(t, ranks, backend, device)
+    const names = reports[0]!.outcomes.map(({ name }) => name)
+    t.true(names.length > 40)
+    for (const [index, name] of names.entries()) {
+      const outcomes = reports.map(({ outcomes }) => outcomes[index]!)
+      t.deepEqual(new Set(outcomes.map((each) => each.name)), new Set([name]))
+      const passed = isGolden(outcomes)
+      t.is(passed, outcomes[0]!.control === undefined, `${name}: ${JSON.stringify(outcomes)}`)
+    }
+    const controls = reports[0]!.outcomes.filter(({ control }) => control)
+    t.is(controls.length, ranks === 1 ? 0 : 4)
+    if (ranks > 1) mistakesAreNamed(t, reports, device)
+  })
+}
+
+async function reportsOf(t: ExecutionContext, ranks: number, backend: string, device: string): Promise<Report[]> {
+  t.timeout(240_000)
+  const folder = mkdtempSync(join(tmpdir(), 'epmoe-ranks-'))
+  t.teardown(() => rmSync(folder, { recursive: true }))
+  const ending = await torchrun(ranks, ['test/ranks/cases.ts', folder, backend, device])
+  t.is(ending.code, 0, ending.output)
+  return Array.from({ length: ranks }, (_, rank) => JSON.parse(readFileSync(join(folder, `${rank}.json`), 'utf8')))
+}
+
+/** The error against float64 over all ranks' tokens, compared with that of plain torch in the same dtype. */
+function isGolden(outcomes: Outcome[]): boolean {
+  const sum = (key: keyof Sums) => outcomes.reduce((total, each) => total + each[key], 0)
+  // Two error norms over n elements are estimates, each uncertain by about 1/sqrt(2n).
+  const allowed = Math.sqrt(sum('plain')) * (1 + 3 / Math.sqrt(sum('elements')))
+  return sum('elements') === 0 || Math.sqrt(sum('ranks')) <= allowed
+}
+
+/** Every rank is told of a mistake, in words that say which rank made it. */
+function mistakesAreNamed(t: ExecutionContext, reports: Report[], device: string): void {
+  const last = reports.length - 1
+  /** The code on the rank that errs and on the others, whose message must match. */
+  const expected: Record<string, [own: string, others: string, message: RegExp]> = {
+    'fewer tokens on the last rank': [
+      'ERR_RANKS_DISAGREE',
+      'ERR_RANKS_DISAGREE',
+      new RegExp(`hiddenStates: .*rank 0 has 24.*rank ${last} has 23`),
+    ],
+    'another hidden size on the last rank': [
+      'ERR_RANKS_DISAGREE',
+      'ERR_RANKS_DISAGREE',
+      new RegExp(`w13: .*same hidden size.*rank 0 has 96.*rank ${last} has 48`),
+    ],
+    'another dtype on the last rank': ['ERR_RANKS_DISAGREE', 'ERR_RANKS_DISAGREE', /w13: .*bfloat16.*float16/],
+    'another scheme on the last rank': ['ERR_RANKS_DISAGREE', 'ERR_RANKS_DISAGREE', /scheme: .*all-to-all.*all-reduce/],
+    'weights on the last rank that do not fit': ['ERR_SHAPE', 'ERR_RANK_REFUSED', new RegExp(`rank ${last}: .*w2: `)],
+    'no experts on the last rank': ['ERR_VALUE', 'ERR_RANK_REFUSED', new RegExp(`rank ${last}: .*at least one expert`)],
+    'experts that do not add up': ['ERR_VALUE', 'ERR_VALUE', /numExperts: expected 11.*received 12/],
+    'a scheme there is not': ['ERR_VALUE', 'ERR_VALUE', /'all-reduce' or 'all-to-all', received "broadcast"/],
+    'fewer experts than ranks': ['ERR_VALUE', 'ERR_VALUE', /an expert for each rank.*Start fewer ranks/],
+    'another world size': ['ERR_RANKS_START', 'ERR_RANKS_START', /WORLD_SIZE=/],
+  }
+  for (const scheme of ['all-reduce', 'all-to-all']) {
+    expected[`${scheme}: a wrong dtype on the last rank`] = [
+      'ERR_DTYPE',
+      'ERR_RANK_REFUSED',
+      new RegExp(`rank ${last}: .*hiddenStates: expected bfloat16`),
+    ]
+    expected[`${scheme}: fewer slots on the last rank`] = [
+      'ERR_RANKS_DISAGREE',
+      'ERR_RANKS_DISAGREE',
+      new RegExp(`topkIds: .*rank 0 has 4.*rank ${last} has 2`),
+    ]
+  }
+  for (const [name, [own, others, message]] of Object.entries(expected)) {
+    for (const [rank, { errors }] of reports.entries()) {
+      t.is(errors[name]?.code, rank === last ? own : others, `${name}, rank ${rank}: ${errors[name]?.message}`)
+      if (rank !== last) t.regex(errors[name]?.message ?? '', message)
+    }
+  }
+  if (device !== 'cpu') return
+  for (const scheme of ['all-reduce', 'all-to-all']) {
+    const told = reports.map(({ errors }) => errors[`${scheme}: a wrong id on rank 0`]!)
+    t.is(told[0]?.code, 'ERR_INDEX_OUT_OF_RANGE')
+    t.regex(told[0]?.message ?? '', /topkIds: .*received 5\d at token 2, slot 0/)
+    for (const each of told.slice(1)) {
+      t.is(each.code, 'ERR_RANK_REFUSED')
+      t.regex(each.message, /rank 0: .*at token 2, slot 0/)
+    }
+  }
+}
+
+interface Seen {
+  rank: number
+  pid?: number
+  attempt?: number
+  code?: string
+  message?: string
+  seconds?: number
+}
+
+function seenBy({ output }: Ending): Seen[] {
+  return output
+    .split('\n')
+    .filter((line) => line.startsWith('{"rank"'))
+    .map((line) => JSON.parse(line) as Seen)
+}
+
+// The timeout of test/ranks/lost.ts is 8 s.
+const fates: Record<string, { code: string; message: RegExp; victim?: number; scheme?: string }> = {
+  'is killed': { code: 'ERR_RANK_LOST', message: /rank 1 has given no sign of life for \d/ },
+  'is killed, and keeps the store': {
+    code: 'ERR_RANK_LOST',
+    message: /rank 0 and the store that it keeps cannot be reached/,
+    victim: 0,
+    scheme: 'all-reduce',
+  },
+  freezes: { code: 'ERR_RANK_LOST', message: /rank 1 has given no sign of life for \d/ },
+  'ends early': { code: 'ERR_RANK_LOST', message: /rank 1 left the job after call 3/ },
+  throws: { code: 'ERR_RANK_LOST', message: /rank 1 left the job after call 3/ },
+  'does not come': { code: 'ERR_RANK_LATE', message: /rank 1 \(has come to call 3\)/ },
+  'fails in the middle': { code: 'ERR_RANK_LOST', message: /rank 1 failed in call 4: experts on fire/ },
+}
+
+for (const [fate, { code, message, victim = 1, scheme = 'all-to-all' }] of Object.entries(fates)) {
+  test(`rank ${victim} of 3 ${fate}: the others are told, by name, and end`, async (t) => {
+    t.timeout(240_000)
+    const { others, victims } = await inParallel(async () => {
+      const { children, endings } = await onTheirOwn(3, ['test/ranks/lost.ts', fate, String(victim), scheme])
+      const ended = await Promise.all(endings.filter((_, rank) => rank !== victim))
+      children[victim]?.kill('SIGKILL')
+      return { others: ended, victims: await endings[victim]! }
+    })
+    for (const ending of others) {
+      const told = seenBy(ending).filter((each) => each.code !== undefined)
+      t.is(told.length, 2, ending.output)
+      t.is(told[0]?.code, code, ending.output)
+      t.regex(told[0]?.message ?? '', message)
+      // A group that has lost a rank says so at once from then on.
+      t.is(told[1]?.message, told[0]?.message)
+      t.is(ending.code, 3, ending.output)
+      t.is(ending.signal, null)
+    }
+    t.is(seenBy(victims)[0]?.rank, victim, victims.output)
+  })
+}
+
+test('under torchrun a rank that dies ends the job, and is named', async (t) => {
+  t.timeout(240_000)
+  const ending = await inParallel(() => torchrun(2, ['test/ranks/lost.ts', 'is killed', '1']))
+  t.not(ending.code, 0)
+  t.regex(ending.output, /local_rank: 1/)
+  t.regex(ending.output, /SIGKILL/)
+})
+
+test('ranks that never come are named', async (t) => {
+  t.timeout(240_000)
+  const others = await inParallel(async () => {
+    const { children, endings } = await onTheirOwn(3, ['test/ranks/lost.ts'])
+    children[2]?.kill('SIGKILL')
+    return Promise.all(endings.slice(0, 2))
+  })
+  for (const ending of others) {
+    t.not(ending.code, 0)
+    t.regex(ending.output, /ERR_RANKS_START/)
+    t.regex(ending.output, /expected 3 ranks within 8 s, received nothing from rank 2/)
+  }
+})
