@@ -8,6 +8,10 @@ export const env = {
   get nativeFolder(): string | undefined {
     return read('EPMOE_NATIVE')
   },
+  /** The epmoe.migrate.json that is meant. */
+  get migrate(): string | undefined {
+    return read('EPMOE_MIGRATE')
+  },
   /** Prints stacks where the command line would print one line. */
   get debug(): boolean {
     return read('EPMOE_DEBUG') !== undefined

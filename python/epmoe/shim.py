@@ -22,6 +22,7 @@ from epmoe._shim import capture as _capture
 from epmoe._shim import control as _control
 from epmoe._shim import install as _install
 from epmoe._shim import kernels as _kernels
+from epmoe._shim import save as _save
 from epmoe._shim import shadow as _shadow
 from epmoe._shim import watch as _watch
 from epmoe.errors import EpmoeError
@@ -39,6 +40,7 @@ __all__ = [
     "on_event",
     "record",
     "reset",
+    "save",
     "set_mode",
     "stats",
     "uninstall",
@@ -139,6 +141,12 @@ def stats():
     return {name: control.stats() for name, control in _control.controls.items()}
 
 
+def save(path):
+    """Writes what ``stats`` and ``events`` say, for ``epmoe shadow-report``, whole or not at all."""
+    flush()
+    _save.write(path, stats(), events())
+
+
 def events(since=0):
     """The last events with a number above ``since``, oldest first; ``flush()`` has those of graphs' replays come first.
 
@@ -170,6 +178,8 @@ def reset():
             control.reset()
 
 
+if _config.named() is not None:
+    apply(_config.named())  # sources that were rewritten need no install
 _control.choose(_control.from_environment(), _control.ENVIRONMENT)
 for _name in _control.NAMES:
     globals()[_name] = _kernels.make(_name)

@@ -11,7 +11,7 @@ const environmental = new Set(['ERR_NATIVE', 'ERR_PYTHON_START', 'ERR_NO_CUDA', 
 function exitCodeOf(error: unknown): number {
   if (error instanceof CommanderError) return error.exitCode === 0 ? exitCodes.passed : exitCodes.usage
   if (!(error instanceof EpmoeError)) return exitCodes.failed
-  if (error.code === 'ERR_USAGE' || error.code === 'ERR_CAPSULE') return exitCodes.usage
+  if (['ERR_USAGE', 'ERR_CAPSULE', 'ERR_CONFIG'].includes(error.code)) return exitCodes.usage
   const absentModule = error instanceof PythonError && /^(ModuleNotFound|Import)Error$/.test(error.pythonType)
   return absentModule || environmental.has(error.code) ? exitCodes.environment : exitCodes.failed
 }

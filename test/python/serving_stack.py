@@ -208,6 +208,22 @@ def forward(x, topk_ids, weights, experts, first=0, last=None):
 _numbers = itertools.count()
 
 
+def write(root):
+    """The package's sources, in a folder that is made."""
+    root.mkdir(parents=True)
+    (root / "__init__.py").write_text("")
+    for generation, kind in GENERATIONS.items():
+        source = HEADER + POST_REORDER.format(**kind)
+        if generation == "a":
+            source += REST.replace("{flag}", _FLAG["flag"]).replace("{index}", _FLAG["index"])
+        if generation == "b":
+            by_expert = {"flag": "", "index": "expert - start_expert_id"}
+            cut = REST[REST.index("@triton.jit\ndef pre_reorder") : REST.index("@triton.jit\ndef silu")]
+            source += cut.replace("{flag}", by_expert["flag"]).replace("{index}", by_expert["index"])
+        (root / f"kernels_{generation}.py").write_text(source)
+    (root / "layer.py").write_text(textwrap.dedent(LAYER))
+
+
 class Stack:
     """Imported under a package name of its own."""
 
@@ -215,19 +231,7 @@ class Stack:
         folder = tempfile.TemporaryDirectory()
         case.addCleanup(folder.cleanup)
         self.name = f"serving_{next(_numbers)}"
-        root = Path(folder.name) / self.name
-        root.mkdir()
-        (root / "__init__.py").write_text("")
-        for generation, kind in GENERATIONS.items():
-            source = HEADER + POST_REORDER.format(**kind)
-            if generation == "a":
-                source += REST.replace("{flag}", _FLAG["flag"]).replace("{index}", _FLAG["index"])
-            if generation == "b":
-                by_expert = {"flag": "", "index": "expert - start_expert_id"}
-                cut = REST[REST.index("@triton.jit\ndef pre_reorder") : REST.index("@triton.jit\ndef silu")]
-                source += cut.replace("{flag}", by_expert["flag"]).replace("{index}", by_expert["index"])
-            (root / f"kernels_{generation}.py").write_text(source)
-        (root / "layer.py").write_text(textwrap.dedent(LAYER))
+        write(Path(folder.name) / self.name)
         sys.path.insert(0, folder.name)
         try:
             self.layer = importlib.import_module(f"{self.name}.layer")

@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 
-from epmoe._shim.signatures import NAMES
+from epmoe._shim.signatures import HELPERS, KERNELS, NAMES
 from epmoe.errors import EpmoeError
 
 MODES = ("triton", "epmoe", "shadow", "off")
@@ -31,6 +31,7 @@ class Control:
 
     def __init__(self, name):
         self.name = name
+        self.op = (KERNELS[name][0] if name in KERNELS else HELPERS[name]).op
         self.lock = threading.Lock()
         self.mode = "epmoe"
         self.chosen = "default"
@@ -93,6 +94,7 @@ class Control:
             counts = {name: self.counts[name] for name in COUNTS}
             triton, shadow = self.seconds["triton"], self.seconds["shadow"]
             return {
+                "op": self.op,
                 "mode": self.mode,
                 "chosen_by": self.chosen,
                 **counts,

@@ -3,6 +3,7 @@ import type { Command } from 'commander'
 import { devices } from '../../device.js'
 import { Capsule } from '../../migrate/capsule.js'
 import { capsuleFiles } from '../../migrate/files.js'
+import { readConfig } from '../../migrate/config.js'
 import { type ReplayReport, replay, replayReferences } from '../../migrate/replay.js'
 import { shrink, writeShrunk } from '../../migrate/shrink.js'
 import { availableBackends, type Backend, backendNames } from '../../parity/backends.js'
@@ -12,9 +13,10 @@ import { summaryOf, tableOf } from '../../parity/table.js'
 import type { Python } from '../../python/python.js'
 import { startPython } from '../../python/start.js'
 import { Progress } from '../progress.js'
-import { exitCodes, namesOf, type Verb, wholeNumbers } from '../verb.js'
+import { exitCodes, namesOf, usageError, type Verb, wholeNumbers } from '../verb.js'
 
 interface Options {
+  config?: string
   backend?: string[]
   reference?: string[]
   interpreterBudget: number[]
@@ -30,7 +32,8 @@ const verb: Verb = {
   summary: 'make recorded calls again, on every backend against every reference; verdict and exit codes of parity',
   configure(command: Command) {
     command
-      .argument('<files...>', 'capsules, or folders of them')
+      .argument('[files...]', 'capsules, or folders of them; default: the folder that the configuration records to')
+      .option('--config <file>', 'default: EPMOE_MIGRATE, or ./epmoe.migrate.json')
       .option('--backend <names>', `all, or ${backendNames.join(', ')}`, namesOf('--backend', backendNames))
       .option('--reference <names>', `all, or ${replayReferences.join(', ')}`, namesOf('--reference', replayReferences))
       .option(
@@ -52,7 +55,8 @@ const verb: Verb = {
       console.error(`epmoe: none of ${options.backend?.join(', ')} is here; epmoe doctor says why`)
       return exitCodes.environment
     }
-    const files = capsuleFiles(args.flat())
+    const named = args.flat()
+    const files = capsuleFiles(named.length > 0 ? named : [recordFolder(options.config)])
     // Triton decides how to run when it is imported: without a GPU, its kernels are interpreted.
     if (devices().length === 1) process.env['TRITON_INTERPRET'] ??= '1'
     const python = startPython()
@@ -82,6 +86,12 @@ const verb: Verb = {
   },
 }
 export default verb
+
+function recordFolder(config: string | undefined): string {
+  const { record, path } = readConfig(config)
+  if (record === null) throw usageError('FILES', 'capsules, or a configuration that records', path)
+  return record.folder
+}
 
 interface Shrinking {
   report: ReplayReport
