@@ -1,9 +1,10 @@
-// npm run bench -- host | kernels | ranks | soak: what a call costs on the host, what the kernels reach on the GPU, what
-// more ranks give, and whether memory stays flat under hours of mixed calls.
+// npm run bench -- host | kernels | ranks | migrate | soak: what a call costs on the host, what the kernels reach on the
+// GPU, what more ranks give, what shadow costs, and whether memory stays flat under hours of mixed calls.
 const suites: Record<string, () => Promise<{ default: () => void | Promise<void> }>> = {
   host: () => import('./host.js'),
   kernels: () => import('./kernels.js'),
   ranks: () => import('./ranks.js'),
+  migrate: () => import('./migrate.js'),
   soak: () => import('./soak.js'),
 }
 

@@ -46,7 +46,10 @@ test('a stack is migrated by the commands: scan, record, replay, shadow, enable,
 
   // Beside Triton, which serves.
   await mode('*=shadow')
-  writeFileSync(config, JSON.stringify({ ...JSON.parse(readFileSync(config, 'utf8')), settings: { '*': { rate: 0.2 } } }))
+  writeFileSync(
+    config,
+    JSON.stringify({ ...JSON.parse(readFileSync(config, 'utf8')), settings: { '*': { rate: 0.2 } } }),
+  )
   const shadowed = await serve({ folder, steps: 300, stats: file('shadow.json') }, environment)
   t.like(shadowed, { served: 300, wrong: 0, mode: 'shadow', identical: true, events: [] })
   const evidence = ['--shadow', file('shadow.json'), '--scan', file('scan.json'), '--parity', file('replay.json')]
@@ -67,15 +70,16 @@ test('a stack is migrated by the commands: scan, record, replay, shadow, enable,
   // The control: asked for more than was compared, or without a replay, nothing is ready.
   const strict = await epmoe(['shadow-report', ...evidence, '--least', '100000'])
   t.is(strict.status, 1)
-  t.regex(strict.stdout, /0 of 4 kernels are ready[^]*comparisons in shadow, of 100000 asked for/)
+  t.regex(strict.stdout, /0 of 4 kernels are ready[\s\S]*comparisons in shadow, of 100000 asked for/)
   const unproved = await epmoe(['shadow-report', ...evidence.slice(0, 2), '--least', '20'])
   t.is(unproved.status, 1)
   t.regex(unproved.stdout, /no parity or replay report has its op/)
 
   // epmoe serves; and back, while the process runs.
   await mode('*=epmoe')
-  const running = serve({ folder, steps: 2000, watch: true, until: 'triton' }, environment)
-  await new Promise((resolve) => setTimeout(resolve, 6000))
+  const ready = file('2000-steps-served')
+  const running = serve({ folder, steps: 2000, watch: true, ready, until: 'triton' }, environment)
+  while (!existsSync(ready)) await new Promise((resolve) => setTimeout(resolve, 50))
   await mode('*=triton')
   const enabled = await running
   t.like(enabled, { wrong: 0, mode: 'triton', identical: true, events: [] })
@@ -84,40 +88,45 @@ test('a stack is migrated by the commands: scan, record, replay, shadow, enable,
   for (const kernel of kernels) t.like(back.stats[kernel], { mode: 'triton', epmoe: 0 })
 })
 
+interface Fault {
+  fault: string
+  mode?: string
+  record?: Record<string, unknown>
+  [option: string]: unknown
+}
+
 test('faults: each is caught and named, and what Triton made serves', async (t) => {
   t.timeout(300_000)
   const folder = emptyFolder(t)
   await serve({ folder, steps: 0, write_only: true })
-  const shadow = (more: Record<string, unknown>) => {
-    const config = join(folder, `${more['fault'] ?? 'none'}.json`)
+  const shadow = ({ fault, mode = 'shadow', record = {}, ...more }: Fault) => {
+    const config = join(folder, `${fault}.json`)
     writeFileSync(
       config,
       JSON.stringify({
-        modes: { '*': more['mode'] ?? 'shadow' },
+        modes: { '*': mode },
         settings: { '*': { rate: 1, trip_after: 3 } },
-        record: { folder: `${more['fault']}-capsules`, min_free_bytes: 0, ...(more['record'] as object) },
+        record: { folder: `${fault}-capsules`, min_free_bytes: 0, ...record },
       }),
     )
-    return serve({ folder, steps: 30, ...more }, { EPMOE_MIGRATE: config })
+    return serve({ folder, steps: 30, fault, ...more }, { EPMOE_MIGRATE: config })
   }
-  const capsules = (fault: string) => readdirSync(join(folder, `${fault}-capsules`)).map((name) => join(folder, `${fault}-capsules`, name))
+  const capsules = (fault: string) =>
+    readdirSync(join(folder, `${fault}-capsules`)).map((name) => join(folder, `${fault}-capsules`, name))
 
-  await t.notThrowsAsync(async () => {
-    // A slot in a million.
-    const slot = await shadow({ fault: 'slot', steps: 40, large: 4096 })
-    t.like(slot, { wrong: 0, served: 40, mode: 'shadow' })
-    t.is(slot.events.length, 1)
-    t.like(slot.events[0], { kernel: 'run_moe_ep_preproess', kind: 'mismatch' })
-    t.regex(slot.events[0]!.what, /src2dst: 1 of 32768 differ/)
-    t.deepEqual(capsules('slot'), [slot.events[0]!.capsule!])
-  })
+  // A slot in a million.
+  const slot = await shadow({ fault: 'slot', steps: 40, large: 4096 })
+  t.like(slot, { wrong: 0, served: 40, mode: 'shadow' })
+  t.is(slot.events.length, 1)
+  t.like(slot.events[0], { kernel: 'run_moe_ep_preproess', kind: 'mismatch' })
+  t.regex(slot.events[0]!.what, /src2dst: 1 of 32768 differ/)
+  t.deepEqual(capsules('slot'), [slot.events[0]!.capsule!])
   const [nan, coverage, disk, threads] = await Promise.all([
     shadow({ fault: 'nan' }),
     shadow({ fault: 'coverage', mode: 'epmoe' }),
     shadow({ fault: 'disk', mode: 'triton', record: { rate: 1 } }),
-    shadow({ fault: 'none', steps: 0, also: 0 }).then(() =>
-      plainPython(['-m', 'unittest', 'test_shadow.Faults.test_two_threads']),
-    ),
+    // Interpreted Triton is for one thread: what stands for it here is not.
+    plainPython(['-m', 'unittest', 'test_shadow.Faults.test_two_threads']),
   ])
   // Rows of NaN, after which the kernel goes back to Triton by itself.
   t.like(nan, { wrong: 0, served: 30, mode: 'triton' })
@@ -129,11 +138,16 @@ test('faults: each is caught and named, and what Triton made serves', async (t) 
   t.is(capsules('nan').length, 3)
   // A dtype outside coverage stays with Triton.
   t.like(coverage, { wrong: 0, mode: 'epmoe' })
-  t.true(coverage.warnings.some((text) => /stays with Triton: .*received float64/.test(text)), coverage.warnings.join())
+  t.true(
+    coverage.warnings.some((text) => /stays with Triton: .*received float64/.test(text)),
+    coverage.warnings.join(),
+  )
   t.is(coverage.stats['post_reorder_triton_kernel']?.['fallbacks'], 1)
   // A disk that takes no more.
   t.like(disk, { wrong: 0, served: 30 })
-  t.true(disk.events.length > 0 && disk.events.every(({ kind, what }) => kind === 'record_failed' && /OSError/.test(what)))
+  t.true(
+    disk.events.length > 0 && disk.events.every(({ kind, what }) => kind === 'record_failed' && /OSError/.test(what)),
+  )
   t.deepEqual(capsules('disk'), [])
   t.is(threads.status, 0, threads.stderr)
 
@@ -172,7 +186,7 @@ test('a mode computes the same in plain Python and in Python inside Node', async
     const install = { mode: 'epmoe' }
     const plain = await serve({ ...options, install })
     const run = await loop.methodAsync('run', { ...options, install })
-    const embedded = run.toJS() as { digest: string; stats: Record<string, { epmoe: number }> }
+    const embedded = run.toJS() as { digest: string | null; stats: Record<string, { epmoe: number }> }
     t.true(embedded.stats['post_reorder_triton_kernel']!.epmoe > 0)
     t.is(embedded.digest, plain.digest, numerics)
     // The control: Triton's numbers are others, or the two would agree whatever ran.

@@ -119,8 +119,8 @@ def apply(config):
 
 
 def watch(config=None, *, seconds=1.0):
-    """Applies the file again whenever it changes, so that a running process follows ``epmoe mode``. What is wrong with it
-    is warned of, and the last good one stays. Returns a function that ends it."""
+    """Applies the file again whenever it changes, so that a running process follows ``epmoe mode``. What is wrong with
+    it is warned of, and the last good one stays. Returns a function that ends it."""
     path = config or _config.named()
     if path is None:
         raise EpmoeError("ERR_VALUE", op="shim.watch", argument="config", expected="a path", received="None")

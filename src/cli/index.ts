@@ -6,7 +6,13 @@ import { packageVersion } from '../package-root.js'
 import { exitCodes, type Verb } from './verb.js'
 
 /** Errors that say something about the machine rather than about the kernels. */
-const environmental = new Set(['ERR_NATIVE', 'ERR_PYTHON_START', 'ERR_NO_CUDA', 'ERR_OUT_OF_MEMORY', 'ERR_NO_SAFETENSORS'])
+const environmental = new Set([
+  'ERR_NATIVE',
+  'ERR_PYTHON_START',
+  'ERR_NO_CUDA',
+  'ERR_OUT_OF_MEMORY',
+  'ERR_NO_SAFETENSORS',
+])
 
 function exitCodeOf(error: unknown): number {
   if (error instanceof CommanderError) return error.exitCode === 0 ? exitCodes.passed : exitCodes.usage

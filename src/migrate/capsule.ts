@@ -14,7 +14,8 @@ export interface CapsuleFacts {
   kernel: string
   generation: string
   op: string
-  reason: 'recorded' | 'mismatch' | string
+  /** `recorded` or `mismatch`. */
+  reason: string
   scalars: Record<string, number | string>
   launch: Record<string, unknown>
   environment: Record<string, unknown>
@@ -93,8 +94,7 @@ export class Capsule implements Disposable {
     }
     return {
       facts,
-      outputs: () =>
-        Object.fromEntries(Object.keys(outputs).map((name) => [name, this.#tensor('triton', name)])),
+      outputs: () => Object.fromEntries(Object.keys(outputs).map((name) => [name, this.#tensor('triton', name)])),
     }
   }
 

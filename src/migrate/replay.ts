@@ -1,3 +1,4 @@
+import { Op } from '../call.js'
 import { EpmoeError } from '../errors.js'
 import type { Backend } from '../parity/backends.js'
 import type { Case, Problem } from '../parity/case.js'
@@ -7,7 +8,6 @@ import { referenceNames } from '../parity/references.js'
 import type { CaseResult, Report } from '../parity/result.js'
 import { callOp, loadCases, runParity } from '../parity/run.js'
 import type { Python } from '../python/python.js'
-import { Op } from '../call.js'
 import { type Capsule, type CapsuleFacts, refused } from './capsule.js'
 
 /** `recorded`: what Triton made of the call at the time. */

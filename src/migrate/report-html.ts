@@ -10,6 +10,7 @@ export function reportPage(report: MigrationReport): string {
 <h1>Migration to epmoe</h1>
 <p class="facts">${escape(machineText(environment))} · ${escape(time)}</p>
 <p class="verdict ${ready ? 'ready' : 'not'}">${escape(verdictText(report))}</p>
+${report.caveats.map((each) => `<p>${escape(each)}.</p>`).join('')}
 <table class="all"><thead><tr><th>kernel</th><th>verdict</th><th>launches</th><th>same of compared in shadow</th><th>parity</th><th>Triton over epmoe</th><th>call sites</th></tr></thead>
 <tbody>${kernels.map(row).join('\n')}</tbody></table>
 ${kernels.map(section).join('\n')}
@@ -23,7 +24,13 @@ ${problems.length > 0 ? `<h2>Files not scanned</h2>${list(problems)}` : ''}
 }
 
 function row(each: KernelReport): string {
-  const cells = [each.shadow?.launches ?? 0, comparedText(each), `${each.parity.passed}/${each.parity.total}`, gainText(each), each.sites.length]
+  const cells = [
+    each.shadow?.launches ?? 0,
+    comparedText(each),
+    `${each.parity.passed}/${each.parity.total}`,
+    gainText(each),
+    each.sites.length,
+  ]
   return `<tr><td><a href="#${escape(each.kernel)}">${escape(each.kernel)}</a></td><td>${badge(each.ready)}</td>${cells.map((cell) => `<td>${escape(String(cell))}</td>`).join('')}</tr>`
 }
 
@@ -38,7 +45,7 @@ function section(each: KernelReport): string {
 <p class="facts">epmoe’s ${escape(op)}${parity.against.length > 0 ? ` · ${escape(parity.against.join(', '))}` : ''}</p>
 ${reasons.length > 0 ? list(reasons, 'reasons') : ''}${notes.length > 0 ? list(notes) : ''}
 ${speed.length > 0 ? speedTable(speed) : ''}
-${sites.length > 0 ? `<details><summary>${sites.length} call sites</summary>${list(sites.map(({ file, line, state }) => `${file}:${line} ${state}`))}</details>` : ''}
+${sites.length > 0 ? `<details><summary>${sites.length === 1 ? '1 call site' : `${sites.length} call sites`}</summary>${list(sites.map(({ file, line, state }) => `${file}:${line} ${state}`))}</details>` : ''}
 <pre>${commands.map(escape).join('\n')}</pre></section>`
 }
 

@@ -12,6 +12,7 @@ export function reportMarkdown(report: MigrationReport): string {
     '',
     `${verdictText(report)} ${time}, ${machineText(environment)}.`,
     '',
+    ...report.caveats.flatMap((each) => [`${each}.`, '']),
     '| kernel | verdict | launches | shadow, same of compared | parity | Triton over epmoe | call sites |',
     '|---|---|---|---|---|---|---|',
     ...rows,
@@ -39,13 +40,17 @@ function kernelLines({ kernel, op, reasons, notes, speed, sites, enable, rollbac
     '',
     ...reasons.map((reason) => `- not ready: ${reason}`),
     ...notes.map((note) => `- ${note}`),
-    ...sites.map(({ file, line, state, generation }) => `- ${file}:${line} ${state}${generation && `, generation ${generation}`}`),
+    ...sites.map(
+      ({ file, line, state, generation }) => `- ${file}:${line} ${state}${generation && `, generation ${generation}`}`,
+    ),
     ...(reasons.length + notes.length + sites.length > 0 ? [''] : []),
     ...(speed.length > 0
       ? [
           '| shape | Triton µs | epmoe µs | from |',
           '|---|---|---|---|',
-          ...speed.map(({ shape, triton, epmoe, from }) => `| ${shape} | ${micros(triton)} | ${micros(epmoe)} | ${from} |`),
+          ...speed.map(
+            ({ shape, triton, epmoe, from }) => `| ${shape} | ${micros(triton)} | ${micros(epmoe)} | ${from} |`,
+          ),
           '',
         ]
       : []),

@@ -76,8 +76,10 @@ export interface MigrationReport {
   environment: Record<string, unknown>
   ready: boolean
   kernels: KernelReport[]
-  /** Files that the scan could not read, and sites of unknown kernels. */
+  /** Files that the scan could not read. */
   problems: string[]
+  /** What the numbers do not say. */
+  caveats: string[]
   rollback: string
 }
 
@@ -93,9 +95,17 @@ export function migrationReport(evidence: Evidence): MigrationReport {
     environment: shadow?.environment ?? evidence.parity[0]?.environment ?? {},
     ready: kernels.length > 0 && kernels.every(({ ready }) => ready),
     kernels,
-    problems: (scan?.problems ?? []).filter(({ harmless }) => !harmless).map(({ file, reason }) => `${file}: ${reason}`),
+    problems: (scan?.problems ?? [])
+      .filter(({ harmless }) => !harmless)
+      .map(({ file, reason }) => `${file}: ${reason}`),
+    caveats: caveatsOf(shadow),
     rollback: `npx epmoe mode '*=triton' --config ${config}`,
   }
+}
+
+function caveatsOf(shadow: ShadowFile | undefined): string[] {
+  if (shadow === undefined || String(shadow.environment['device']).startsWith('cuda')) return []
+  return ['Shadow ran on the CPU, where Triton is interpreted: its times say nothing of a GPU']
 }
 
 function kernelReport(kernel: string, evidence: Evidence): KernelReport {
@@ -157,7 +167,9 @@ function notesOf(counts: ShadowCounts | undefined, speed: Speed[]): string[] {
   const slower = speed.filter(({ triton, epmoe }) => epmoe > triton)
   const reasons = Object.entries(counts?.reasons ?? {}).map(([reason, count]) => `${reason} (${count})`)
   return [
-    ...(outside > 0 ? [`${outside} launches are outside what epmoe takes and stay with Triton: ${reasons.join('; ')}`] : []),
+    ...(outside > 0
+      ? [`${outside} launches are outside what epmoe takes and stay with Triton: ${reasons.join('; ')}`]
+      : []),
     ...(slower.length > 0 ? [`slower than Triton at ${slower.map(({ shape }) => shape).join('; ')}`] : []),
   ]
 }

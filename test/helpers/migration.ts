@@ -65,7 +65,10 @@ export interface Served {
 }
 
 /** Runs the serving loop in a process of its own. */
-export async function serve(options: Record<string, unknown>, environment: Record<string, string> = {}): Promise<Served> {
+export async function serve(
+  options: Record<string, unknown>,
+  environment: Record<string, string> = {},
+): Promise<Served> {
   const { stdout, stderr, status } = await plainPython(['serve.py', JSON.stringify(options)], environment)
   if (status !== 0) throw new Error(`serve.py ended with ${status}: ${stderr}`)
   return JSON.parse(stdout) as Served

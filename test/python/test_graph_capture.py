@@ -1,7 +1,7 @@
 """epmoe.shim in shadow under CUDA graph capture: each replay is compared, and no launch is left out in silence.
 
-With a GPU real graphs of compiled Triton are captured and replayed. Without one, a capture is played: what would go into
-the graph runs once, as its first replay would.
+With a GPU real graphs of compiled Triton are captured and replayed. Without one, a capture is played: what would go
+into the graph runs once, as its first replay would.
 """
 
 import os
@@ -13,9 +13,7 @@ from unittest import mock
 
 import torch
 
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
 from serving_stack import Stack
 
@@ -24,6 +22,7 @@ from epmoe import generated, shim
 from epmoe._shim import capture
 from epmoe.migrate import capsule
 
+CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
 EXPERTS, TOPK, HIDDEN, TOKENS = 4, 2, 70, 5
 KERNEL = "post_reorder_triton_kernel"

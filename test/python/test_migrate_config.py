@@ -1,4 +1,4 @@
-"""epmoe.migrate.json: what it says is done, all or nothing; what is wrong in it is named; a running process follows it."""
+"""epmoe.migrate.json: what it says is done, all or nothing; what is wrong is named; a running process follows it."""
 
 import json
 import os

@@ -63,8 +63,11 @@ class Stage:
         with _lock:
             held = _counters.get(self.device)
             if held is None or held[1] >= MAX_STAGES:
-                raise Refused("no counters were made before the capture: launch once outside of one" if held is None
-                              else f"more than {MAX_STAGES} launches were captured")
+                raise Refused(
+                    "no counters were made before the capture: launch once outside of one"
+                    if held is None
+                    else f"more than {MAX_STAGES} launches were captured"
+                )
             self.counter = held[0][held[1]]
             held[1] += 1
         written = call.written()
@@ -78,7 +81,9 @@ class Stage:
         """To be captured behind it."""
         call, counter = self.call, self.counter
         returned = call.run(self.own)
-        expected, actual = (call.written(), self.own) if call.written() else (call.results(result), call.results(returned))
+        expected, actual = (
+            (call.written(), self.own) if call.written() else (call.results(result), call.results(returned))
+        )
         wrong = [differing(tensor, actual[name], self.control.max_ulp).sum() for name, tensor in expected.items()]
         total = torch.stack(wrong).sum()
         counter[REPLAYS].add_(1)
@@ -120,7 +125,8 @@ class Stage:
         if not mismatches:
             return
         control.count("mismatches", mismatches)
-        what = f"in {mismatches} of {replays} replays of a captured launch, {elements} elements of {self.size} a replay differ"
+        told = f"{elements} elements of {self.size} a replay differ"
+        what = f"in {mismatches} of {replays} replays of a captured launch, {told}"
         findings = [{"output": "", "replays": replays, "mismatched": elements, "elements": self.size, "what": what}]
         path = None if self.kept is None else recorder.write(control, self.capsule(findings))
         told = {"generation": self.generation, "findings": findings, "launch": self.told.told(), "capsule": path}

@@ -14,7 +14,7 @@ MAX_SCALARS = 64
 
 
 def read(path):
-    """``{"call": Call}`` of a capsule, or ``{"error": {code, argument, expected, received, hint}}`` of any other file."""
+    """``{"call": Call}`` of a capsule; of any other file, ``{"error": …}`` with the fields of its EpmoeError."""
     try:
         return {"call": Call(capsule.load(path), path)}
     except EpmoeError as error:
@@ -80,7 +80,7 @@ class Call:
         return found
 
     def _recorded(self):
-        """The results recorded, by ``triton`` and ``epmoe``: what the call leaves as it was is poison, as in replays."""
+        """Results that were recorded, of ``triton`` and ``epmoe``: what the call leaves as it was is poison."""
         held, found = self.capsule, {}
         before = held.part("before")
         for part in ("triton", "epmoe"):
@@ -109,7 +109,7 @@ class Call:
         ordered = tuple(calls.poison(tensor.shape, tensor.dtype) for tensor in made)
         before = self.capsule.part("before")
         for name, fresh in zip(_SCATTERED[1:3], ordered[1:3], strict=True):
-            raw(fresh).copy_(raw(before[name] if name in before else fresh))
+            raw(fresh).copy_(raw(before.get(name, fresh)))
         ep_scatter.put_in_order(self.arguments["recv_topk"], made, ordered)
         return {**results, **dict(zip(_SCATTERED, ordered, strict=True))}
 
@@ -119,7 +119,9 @@ class Call:
         return {
             **held,
             "arguments": list(self.arguments),
-            "outputs": {name: {"shape": shape, "dtype": name_of(dtype)} for name, (shape, dtype) in self.outputs.items()},
+            "outputs": {
+                name: {"shape": shape, "dtype": name_of(dtype)} for name, (shape, dtype) in self.outputs.items()
+            },
             "recorded": list(self.recorded),
         }
 
@@ -130,8 +132,6 @@ class Call:
 
 
 _SCATTERED = ("expert_start_loc", "output_tensor", "output_tensor_scale", "output_index")
-
-
 
 
 def bits_equal(a, b):

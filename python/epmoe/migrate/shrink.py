@@ -8,7 +8,6 @@ from epmoe.migrate.replay import Call
 from epmoe.ops._float8 import GROUP_SIZE, raw
 
 
-
 def sizes(call):
     """How many tokens, slots, columns and experts may be chosen from; an axis that cannot be cut is left out."""
     op, tensors, scalars = call.capsule.op, call.arguments, call.capsule.scalars

@@ -20,7 +20,13 @@ const verb: Verb = {
       }),
     )
     const { path, modes: now } = setModes(modes, options.config)
-    console.log(`${path}: ${Object.entries(now).map((pair) => pair.join('=')).join(' ') || 'no modes'}`)
+    console.log(
+      `${path}: ${
+        Object.entries(now)
+          .map((pair) => pair.join('='))
+          .join(' ') || 'no modes'
+      }`,
+    )
     return exitCodes.passed
   },
 }

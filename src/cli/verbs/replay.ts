@@ -2,8 +2,8 @@ import { writeFileSync } from 'node:fs'
 import type { Command } from 'commander'
 import { devices } from '../../device.js'
 import { Capsule } from '../../migrate/capsule.js'
-import { capsuleFiles } from '../../migrate/files.js'
 import { readConfig } from '../../migrate/config.js'
+import { capsuleFiles } from '../../migrate/files.js'
 import { type ReplayReport, replay, replayReferences } from '../../migrate/replay.js'
 import { shrink, writeShrunk } from '../../migrate/shrink.js'
 import { availableBackends, type Backend, backendNames } from '../../parity/backends.js'
@@ -74,10 +74,12 @@ const verb: Verb = {
     })
     progress.end()
     console.log(tableOf(report))
-    for (const { name, kernel, generation, reason, conclusion } of report.capsules) {
+    for (const { name, kernel, generation, reason, passed, conclusion } of report.capsules) {
+      if (passed) continue
       const what = [kernel, generation && `generation ${generation}`, reason].filter(Boolean).join(', ')
-      console.log(`${name} (${what}): ${conclusion ?? 'passed'}`)
+      console.log(`${name} (${what}): ${conclusion ?? 'nothing was compared'}`)
     }
+    console.log(`${report.capsules.filter(({ passed }) => passed).length} of ${capsules.length} capsules passed`)
     console.log(summaryOf(report))
     if (options.shrink) await shrinkAll(capsules, { report, backends, python, interpreterBudget, options, progress })
     if (options.json !== undefined) writeFileSync(options.json, `${JSON.stringify(report, null, 1)}\n`)
