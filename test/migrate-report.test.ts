@@ -58,7 +58,7 @@ test('ready: compared often enough, never different, proved, and nothing stands 
   t.deepEqual(report.kernels[0]!.reasons, [])
   t.deepEqual(report.caveats, [])
   const text = reportMarkdown(report)
-  t.regex(text, /All 1 kernels are ready\..*GPU <1>/)
+  t.regex(text, /The one kernel is ready\..*GPU <1>/)
   t.regex(text, /\| 5000 \| 150\/150 \| 1\/1 \| 9\.0× \| 1 \|/)
   t.regex(text, /Back: `npx epmoe mode post_reorder=triton/)
   const page = reportPage(report)

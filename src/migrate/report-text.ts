@@ -62,6 +62,7 @@ function kernelLines({ kernel, op, reasons, notes, speed, sites, enable, rollbac
 export function verdictText({ ready, kernels }: MigrationReport): string {
   const count = kernels.filter((each) => each.ready).length
   if (kernels.length === 0) return 'Nothing was seen: no kernel was launched, and no call site found.'
+  if (kernels.length === 1) return ready ? 'The one kernel is ready.' : 'The one kernel is not ready.'
   return ready ? `All ${count} kernels are ready.` : `${count} of ${kernels.length} kernels are ready.`
 }
 
