@@ -12,6 +12,10 @@ export const env = {
   get commit(): string | undefined {
     return read('EPMOE_COMMIT')
   },
+  /** The epmoe.migrate.json that is meant. */
+  get migrate(): string | undefined {
+    return read('EPMOE_MIGRATE')
+  },
   /** Prints stacks where the command line would print one line. */
   get debug(): boolean {
     return read('EPMOE_DEBUG') !== undefined

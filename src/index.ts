@@ -15,6 +15,18 @@ export {
   scan,
 } from './migrate/scan.js'
 export {
+  Shim,
+  type ShimEvent,
+  ShimEvents,
+  type ShimInstallation,
+  type ShimInstallOptions,
+  type ShimMode,
+  type ShimRecordOptions,
+  type ShimSettings,
+  type ShimStats,
+  shim,
+} from './migrate/shim.js'
+export {
   type MoeActivation,
   type MoeForwardArguments,
   type MoeLayer,

@@ -68,6 +68,9 @@ class Executor:
     def collect(self, number):
         return self._results.pop(number)
 
+    def ring(self):
+        self._ring()
+
     def stop(self, seconds):
         """Ends the thread; whether it did within the time."""
         with self._changed:
@@ -197,6 +200,12 @@ def start(address, box, failure):
     global _executor
     _executor = Executor(ctypes.CFUNCTYPE(None)(address), box, failure)
     return _executor
+
+
+def ring():
+    """Has JavaScript look for news; from any thread, and without waiting for it."""
+    if _executor is not None:
+        _executor.ring()
 
 
 def report_progress(value):

@@ -6,12 +6,18 @@ import { packageVersion } from '../package-root.js'
 import { exitCodes, type Verb } from './verb.js'
 
 /** Errors that say something about the machine rather than about the kernels. */
-const environmental = new Set(['ERR_NATIVE', 'ERR_PYTHON_START', 'ERR_NO_CUDA', 'ERR_OUT_OF_MEMORY'])
+const environmental = new Set([
+  'ERR_NATIVE',
+  'ERR_PYTHON_START',
+  'ERR_NO_CUDA',
+  'ERR_OUT_OF_MEMORY',
+  'ERR_NO_SAFETENSORS',
+])
 
 function exitCodeOf(error: unknown): number {
   if (error instanceof CommanderError) return error.exitCode === 0 ? exitCodes.passed : exitCodes.usage
   if (!(error instanceof EpmoeError)) return exitCodes.failed
-  if (error.code === 'ERR_USAGE') return exitCodes.usage
+  if (['ERR_USAGE', 'ERR_CAPSULE', 'ERR_CONFIG'].includes(error.code)) return exitCodes.usage
   const absentModule = error instanceof PythonError && /^(ModuleNotFound|Import)Error$/.test(error.pythonType)
   return absentModule || environmental.has(error.code) ? exitCodes.environment : exitCodes.failed
 }

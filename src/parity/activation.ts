@@ -1,5 +1,5 @@
 import type { DType } from '../dtype.js'
-import type { Bounds, Case, GridOptions, OpCases, Problem, Spoiler } from './case.js'
+import type { Bounds, Case, GridOptions, Known, OpCases, Problem, RecordedCall, Spoiler } from './case.js'
 import { Expectation } from './expectation.js'
 import { indexTensor, nanBits, normalTensor, quarter, scaleTensor, write } from './fill.js'
 import { cross } from './grid.js'
@@ -7,7 +7,7 @@ import { Guarded } from './guard.js'
 import { presets } from './presets.js'
 import { absmaxOf, groupScale, groupsOf, nearJump, toFloat8 } from './quantise.js'
 import { Random } from './random.js'
-import { localRange } from './routing.js'
+import { localOf, localRange, rangeOf } from './routing.js'
 import { type Spec as BaseSpec, caseOf, casesOf, clampedNaN, type Family, parseCase } from './spec.js'
 import { decoderOf, encoderOf, itemsizeOf, roundsToInfinity, significantBits, smallestNormal } from './values.js'
 
@@ -97,6 +97,41 @@ export function activationCases(name: 'silu' | 'gelu'): OpCases {
     standard: () => casesOf(family, standard()),
     grid: (options) => grid(family, options),
     parse: (text) => parseCase(family, text),
+    recorded: (call) => recorded(call, name, family.defaults),
+  }
+}
+
+function recorded({ inputs, outputs, scalars }: RecordedCall, name: 'silu' | 'gelu', defaults: Spec): Known {
+  const { shape, dtype, numel } = inputs['gateup_output']!.tensor
+  const { shape: made, dtype: out } = outputs['down_input']!
+  const I = made.at(-1)!
+  const R = I === 0 ? 0 : numel / (2 * I)
+  const ids = inputs['reorder_topk_ids']?.tensor.data
+  const masked = inputs['masked_m']?.tensor.data
+  const spec: Spec = {
+    ...defaults,
+    R,
+    I,
+    dtype,
+    out: out === dtype ? 'same' : 'float8_e4m3fn',
+    scales: 'scales' in inputs ? 1 : 0,
+    quantization: (scalars['quantization'] ?? 'static') as Spec['quantization'],
+    format: (scalars['scale_format'] ?? 'float32') as Spec['format'],
+  }
+  const [start, end] = rangeOf(scalars)
+  const each = masked === undefined ? R : shape[1]!
+  const active =
+    masked === undefined
+      ? ids === undefined
+        ? new Int32Array(R).fill(1)
+        : localOf(ids, [start, end])
+      : Int32Array.from({ length: R }, (_, row) => (row % each < Number(masked[Math.floor(row / each)]) ? 1 : 0))
+  const experts = Int32Array.from((ids ?? []) as ArrayLike<number | bigint>, Number)
+  return {
+    dtype,
+    axes: { T: R, H: I },
+    interpreterSteps: R * Math.ceil(I / 256),
+    oracle: () => oracle(spec, activations[name], name, inputs, { active, experts, start, rows: made.slice(0, -1) }),
   }
 }
 
@@ -139,7 +174,7 @@ function build(spec: Spec, name: 'silu' | 'gelu'): Problem {
       ...(format === 'float32' ? {} : { scale_format: format }),
     },
     bytes: active.reduce((sum, one) => sum + one, 0) * I * (2 * itemsizeOf(spec.dtype) + itemsizeOf(dtype)),
-    oracle: () => oracle(spec, activations[name], name, inputs, active, experts, rows),
+    oracle: () => oracle(spec, activations[name], name, inputs, { active, experts, start, rows }),
     spoilers: spoilersOf(spec, active, experts),
     [Symbol.dispose]: () => {
       for (const input of Object.values(inputs)) input[Symbol.dispose]()
@@ -269,9 +304,7 @@ function oracle(
   { value, size }: Activation,
   name: 'silu' | 'gelu',
   inputs: Record<string, Guarded>,
-  active: Int32Array,
-  experts: Int32Array,
-  rows: number[],
+  { active, experts, start, rows }: { active: Int32Array; experts: Int32Array; start: number; rows: number[] },
 ): Expectation {
   const { R, I, dtype, out, quantization, format } = spec
   const bounds = boundsOf(spec, name)
@@ -283,7 +316,6 @@ function oracle(
   const { data } = inputs['gateup_output']!.tensor
   const decode = decoderOf(dtype)
   const divisors = inputs['scales']?.tensor.data as Float32Array | undefined
-  const [start] = localRange(spec)
   // An activation that is rounded where the dtype is subnormal is wrong by so much, which up magnifies.
   const normal = smallestNormal(dtype)
   const narrow = out === 'same' ? (x: number) => roundsToInfinity(dtype, x) : toFloat8

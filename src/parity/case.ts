@@ -1,6 +1,7 @@
 import type { DType } from '../dtype.js'
 import type { Tensor } from '../tensor.js'
 import type { Guarded } from './guard.js'
+import type { ReferenceFacts } from './references.js'
 
 /** One point of an op's grid. Its name is test title, filter, bench key and replay key. */
 export interface Case {
@@ -33,6 +34,22 @@ export interface Problem extends Disposable {
   bytes: number
   /** Ways to spoil the call that a comparison must notice; each changes copies of the inputs. */
   spoilers: Spoiler[]
+  /** Results that somebody else's run of the same call left: one more reference. */
+  recorded?: { facts: ReferenceFacts; outputs(): Record<string, Guarded> }
+}
+
+/** A call that was made somewhere, as replay has it. */
+export interface RecordedCall {
+  inputs: Record<string, Guarded>
+  outputs: Record<string, { shape: number[]; dtype: DType }>
+  scalars: Record<string, number | string>
+}
+
+/** What an op knows of a recorded call. */
+export interface Known extends Pick<Problem, 'oracle'> {
+  dtype: DType
+  axes: Record<string, number>
+  interpreterSteps: number
 }
 
 /** Bounds that follow from the arithmetic, in units in the last place at the magnitude of the terms. */
@@ -76,6 +93,8 @@ export interface OpCases {
   grid(options: GridOptions): Case[]
   /** A case by its name, for replay. */
   parse(name: string): Case | undefined
+  /** The truth of a recorded call. Its arguments are those that the op takes; absent where nothing records the op. */
+  recorded?(call: RecordedCall): Known
 }
 
 export interface GridOptions {

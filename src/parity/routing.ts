@@ -63,3 +63,16 @@ export function markLocal(topkIds: Int32Array, [start, end]: [number, number], r
   }
   return local
 }
+
+/** The range of local experts that a call names; without one, every expert from 0 on. */
+export function rangeOf(scalars: Record<string, number | string>): [number, number] {
+  return [Number(scalars['start_expert_id'] ?? 0), Number(scalars['end_expert_id'] ?? 2 ** 31 - 1)]
+}
+
+/** 1 for each id in the range. */
+export function localOf(ids: ArrayLike<number | bigint>, [start, end]: [number, number]): Int32Array {
+  return Int32Array.from({ length: ids.length }, (_, slot) => {
+    const id = Number(ids[slot])
+    return id >= start && id <= end ? 1 : 0
+  })
+}

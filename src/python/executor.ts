@@ -56,6 +56,7 @@ export class Executor {
   #last = 0
   #limit = 1000
   #waiters: (() => void)[] = []
+  readonly #listeners = new Set<() => void>()
 
   constructor(runtime: Runtime) {
     this.#runtime = runtime
@@ -121,6 +122,13 @@ export class Executor {
     })
   }
 
+  /** Calls `listener` soon after Python code on any thread has rung; returns a function that ends it. */
+  listen(listener: () => void): () => void {
+    this.#start()
+    this.#listeners.add(listener)
+    return () => this.#listeners.delete(listener)
+  }
+
   #start(): void {
     if (this.#started) return
     this.#started = true
@@ -144,6 +152,7 @@ export class Executor {
     }
     if (this.#pending.size === 0) native().bell.hold(false)
     this.#wake()
+    for (const listener of this.#listeners) listener()
   }
 
   #finish(number: number, pending: Pending): void {

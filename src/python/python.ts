@@ -96,6 +96,11 @@ export class Python {
     return this.#runtime.executor.ready()
   }
 
+  /** @internal Calls `listener` soon after Python's `_executor.ring()`, on whatever thread; returns how to end that. */
+  listen(listener: () => void): () => void {
+    return this.#runtime.executor.listen(listener)
+  }
+
   #attach(): void {
     if (this.#attached) return
     const facts = (this.#runtime.value('torch_facts') as string).split(' ').map(Number)

@@ -131,13 +131,15 @@ def gelu_and_mul_triton_kernel(
 
 def run_moe_ep_preproess(topk_ids, num_experts):
     sorted_ids, order = topk_ids.view(-1).sort(stable=True)
-    bounds = torch.searchsorted(sorted_ids, torch.arange(num_experts, dtype=sorted_ids.dtype), right=True)
-    return sorted_ids, order.argsort().int(), torch.cat([torch.zeros(1, dtype=torch.int64), bounds])
+    experts = torch.arange(num_experts, dtype=sorted_ids.dtype, device=sorted_ids.device)
+    bounds = torch.searchsorted(sorted_ids, experts, right=True)
+    return sorted_ids, order.argsort().int(), torch.cat([bounds.new_zeros(1), bounds])
 
 def deepep_run_moe_deep_preprocess(topk_ids, num_experts):
     sorted_ids, order = topk_ids.view(-1).sort(stable=True)
     none = (sorted_ids < 0).sum()
-    bounds = torch.searchsorted(sorted_ids, torch.arange(num_experts + 1, dtype=sorted_ids.dtype))
+    experts = torch.arange(num_experts + 1, dtype=sorted_ids.dtype, device=sorted_ids.device)
+    bounds = torch.searchsorted(sorted_ids, experts)
     return sorted_ids[none:], order.argsort() - none, bounds - none
 
 def silu_and_mul_masked_post_quant_fwd(input, output, output_scale, quant_group_size, masked_m, scale_ue8m0=False):
@@ -191,7 +193,7 @@ def forward(x, topk_ids, weights, experts, first=0, last=None):
     last = experts - 1 if last is None else last
     (tokens, hidden), topk = x.shape, topk_ids.shape[1]
     order, src2dst, _ = run_moe_ep_preproess(topk_ids, experts)
-    rows = torch.full((tokens * topk, hidden), 7.0, dtype=x.dtype)
+    rows = torch.full((tokens * topk, hidden), 7.0, dtype=x.dtype, device=x.device)
     permute[(tokens,)](x, rows, src2dst, topk_ids, None, first, last, topk, hidden, 64, use_per_token_if_dynamic=False)
     wide = torch.cat([rows, torch.ones_like(rows)], 1)
     down = torch.full_like(rows, 7.0)
@@ -206,6 +208,22 @@ def forward(x, topk_ids, weights, experts, first=0, last=None):
 _numbers = itertools.count()
 
 
+def write(root):
+    """The package's sources, in a folder that is made."""
+    root.mkdir(parents=True)
+    (root / "__init__.py").write_text("")
+    for generation, kind in GENERATIONS.items():
+        source = HEADER + POST_REORDER.format(**kind)
+        if generation == "a":
+            source += REST.replace("{flag}", _FLAG["flag"]).replace("{index}", _FLAG["index"])
+        if generation == "b":
+            by_expert = {"flag": "", "index": "expert - start_expert_id"}
+            cut = REST[REST.index("@triton.jit\ndef pre_reorder") : REST.index("@triton.jit\ndef silu")]
+            source += cut.replace("{flag}", by_expert["flag"]).replace("{index}", by_expert["index"])
+        (root / f"kernels_{generation}.py").write_text(source)
+    (root / "layer.py").write_text(textwrap.dedent(LAYER))
+
+
 class Stack:
     """Imported under a package name of its own."""
 
@@ -213,19 +231,7 @@ class Stack:
         folder = tempfile.TemporaryDirectory()
         case.addCleanup(folder.cleanup)
         self.name = f"serving_{next(_numbers)}"
-        root = Path(folder.name) / self.name
-        root.mkdir()
-        (root / "__init__.py").write_text("")
-        for generation, kind in GENERATIONS.items():
-            source = HEADER + POST_REORDER.format(**kind)
-            if generation == "a":
-                source += REST.replace("{flag}", _FLAG["flag"]).replace("{index}", _FLAG["index"])
-            if generation == "b":
-                by_expert = {"flag": "", "index": "expert - start_expert_id"}
-                cut = REST[REST.index("@triton.jit\ndef pre_reorder") : REST.index("@triton.jit\ndef silu")]
-                source += cut.replace("{flag}", by_expert["flag"]).replace("{index}", by_expert["index"])
-            (root / f"kernels_{generation}.py").write_text(source)
-        (root / "layer.py").write_text(textwrap.dedent(LAYER))
+        write(Path(folder.name) / self.name)
         sys.path.insert(0, folder.name)
         try:
             self.layer = importlib.import_module(f"{self.name}.layer")

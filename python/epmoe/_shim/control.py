@@ -9,12 +9,12 @@ import threading
 import time
 import warnings
 
-from epmoe._shim.signatures import NAMES
+from epmoe._shim.signatures import HELPERS, KERNELS, NAMES
 from epmoe.errors import EpmoeError
 
 MODES = ("triton", "epmoe", "shadow", "off")
 ENVIRONMENT = "EPMOE_SHIM"
-MAX_EVENTS, MAX_REASONS, MAX_SHAPES = 1000, 64, 4096
+MAX_EVENTS, MAX_REASONS, MAX_SHAPES, MAX_TIMED = 1000, 64, 4096, 256
 SETTINGS = {
     "numerics": "triton",  # "fp32": float32 with one rounding
     "strict": False,
@@ -31,6 +31,7 @@ class Control:
 
     def __init__(self, name):
         self.name = name
+        self.op = (KERNELS[name][0] if name in KERNELS else HELPERS[name]).op
         self.lock = threading.Lock()
         self.mode = "epmoe"
         self.chosen = "default"
@@ -43,6 +44,7 @@ class Control:
         self.counts = collections.Counter()
         self.reasons = collections.Counter()
         self.seconds = collections.Counter()
+        self.timings = {}
         self.tripped = ""
         self.failures = 0
         self.sampler = Sampler(self.rate, self.first_per_shape)
@@ -56,7 +58,7 @@ class Control:
             self.seconds[name] += seconds
 
     def fell_back(self, key, reason, what="fallbacks"):
-        """Counts a call that epmoe did not take, and warns of each kind of reason once."""
+        """Counts a call that epmoe did not take, and warns of each kind of reason once: whether this was the first."""
         with self.lock:
             self.counts[what] += 1
             known = key in self.reasons
@@ -65,11 +67,21 @@ class Control:
             self.reasons[key] += 1
         if not known:
             warnings.warn(f"epmoe.shim: {self.name} stays with Triton: {reason}", RuntimeWarning, stacklevel=2)
+        return not known
 
-    def failed(self, event):
+    def timed(self, shape, triton, epmoe):
+        """Keeps the shortest times of a shape, in seconds: the first launches compile."""
+        with self.lock:
+            held = self.timings.get(shape)
+            if held is None and len(self.timings) >= MAX_TIMED:
+                return
+            count, *least = held or (0, triton, epmoe)
+            self.timings[shape] = count + 1, min(least[0], triton), min(least[1], epmoe)
+
+    def failed(self, event, times=1):
         """A mismatch or an error while in shadow; after ``trip_after`` of them the kernel goes back to Triton."""
         with self.lock:
-            self.failures += 1
+            self.failures += times
             trips = self.mode == "shadow" and 0 < self.trip_after <= self.failures
             if trips:
                 self.mode, self.chosen = "triton", "tripped"
@@ -82,6 +94,7 @@ class Control:
             counts = {name: self.counts[name] for name in COUNTS}
             triton, shadow = self.seconds["triton"], self.seconds["shadow"]
             return {
+                "op": self.op,
                 "mode": self.mode,
                 "chosen_by": self.chosen,
                 **counts,
@@ -92,6 +105,10 @@ class Control:
                 "record_seconds": self.seconds["record"],
                 "shadow_overhead": shadow / triton if triton else 0.0,
                 "shapes": self.sampler.known(),
+                "timings": {
+                    shape: {"samples": count, "triton_seconds": triton, "epmoe_seconds": epmoe}
+                    for shape, (count, triton, epmoe) in self.timings.items()
+                },
             }
 
 
@@ -106,7 +123,9 @@ COUNTS = (
     "mismatches",
     "errors",  # in epmoe, while in shadow
     "uncovered",  # in shadow, of a kind that epmoe refuses
-    "captured",  # launches under CUDA graph capture, whose replays nobody sees
+    "captured",  # launches under CUDA graph capture
+    "staged",  # those of them whose replays are compared, each counted as compared
+    "uncompared",  # those of them that should have been, and are not, for the reason told
     "pending",
     "recorded",
     "record_failures",
@@ -205,8 +224,8 @@ def from_environment():
     return found
 
 
-def configure(kernel, settings):
-    """Checks every setting before it sets one."""
+def check_settings(settings):
+    """Raises for the first setting that is unknown or has a value it cannot have."""
     for name, value in settings.items():
         if name not in SETTINGS:
             raise _bad("setting", ", ".join(SETTINGS), repr(name))
@@ -221,6 +240,11 @@ def configure(kernel, settings):
                 good, expected = good and value <= 1, "a number from 0 to 1"
         if not good:
             raise _bad(name, expected, repr(value))
+
+
+def configure(kernel, settings):
+    """Checks every setting before it sets one."""
+    check_settings(settings)
     for name in names_of(kernel):
         control = controls[name]
         with control.lock:

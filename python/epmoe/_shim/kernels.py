@@ -9,7 +9,7 @@ import warnings
 from torch import Tensor
 
 from epmoe import sglang_original
-from epmoe._shim import helpers, shadow
+from epmoe._shim import capture, helpers, shadow
 from epmoe._shim.control import Sampler, controls, recorder, timed
 from epmoe._shim.forms import TRANSLATE, Refused, form_by_call, form_of
 from epmoe._shim.signatures import HELPERS, KERNELS, OPTIONS
@@ -66,8 +66,8 @@ class Shim:
             return self._own(described, serve)
         if mode == "shadow":
             if shadow.capturing():
-                shadow.captured(control)
-            elif control.sampler.wants(shape):
+                return self._captured(described, serve, shape)
+            if control.sampler.wants(shape):
                 return self._compared(described, serve)
         return self._triton(serve)
 
@@ -101,6 +101,29 @@ class Shim:
             control.counts["epmoe"] += 1
         return result
 
+    def _captured(self, described, serve, shape):
+        """In shadow under graph capture: what is sampled is compared at each replay."""
+        control, stage = self._control, None
+        control.count("captured")
+        if control.sampler.wants(shape):
+            with timed(control, "shadow"):
+                try:
+                    generation, call, launch = described()
+                    stage = capture.Stage(control, call, generation, launch)
+                    stage.before()
+                except Exception as error:
+                    stage = None
+                    shadow.captured(control, _told(error))
+        result = self._triton(serve)
+        if stage is not None:
+            with timed(control, "shadow"):
+                try:
+                    stage.after(result)
+                    control.count("staged")
+                except Exception as error:
+                    shadow.captured(control, _told(error))
+        return result
+
     def _compared(self, described, serve):
         control = self._control
         sample = None
@@ -108,16 +131,20 @@ class Shim:
             try:
                 generation, call, launch = described()
                 sample = shadow.Sample(control, call, generation, launch)
+                if sample.device.type == "cuda":
+                    capture.prepare(sample.device)
             except Exception as error:
                 self._not_compared(error)
-        result = self._triton(serve)
-        if sample is not None:
-            with timed(control, "shadow"):
-                control.count("sampled")
-                try:
-                    sample.finish(result)
-                except Exception as error:
-                    self._not_compared(error, launch)
+        if sample is None:
+            return self._triton(serve)
+        with shadow.Stopwatch(sample.device) as sample.triton:
+            result = self._triton(serve)
+        with timed(control, "shadow"):
+            control.count("sampled")
+            try:
+                sample.finish(result)
+            except Exception as error:
+                self._not_compared(error, launch)
         return result
 
     def _not_compared(self, error, launch=None):
@@ -130,7 +157,8 @@ class Shim:
         """Serves as the mode says but without sampling, and writes what went in and what came out."""
         control = self._control
         if shadow.capturing():
-            shadow.captured(control)
+            control.count("captured")
+            shadow.captured(control, "what a graph replays is not recorded, but for mismatches in shadow")
             return self._own(described, serve) if control.mode == "epmoe" else self._triton(serve)
         made = None
         with timed(control, "record"):

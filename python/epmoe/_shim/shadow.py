@@ -7,12 +7,14 @@ the device. On CUDA its result is fetched when it is there, at a later launch, s
 
 import collections
 import threading
+import time
 
 import torch
 
 from epmoe import _call
 from epmoe._shim.control import events, recorder, timed
 from epmoe._shim.forms import Refused
+from epmoe.migrate import calls
 from epmoe.migrate import capsule as capsules
 
 MAX_PENDING = 16
@@ -31,12 +33,10 @@ def capturing():
         return False
 
 
-def captured(control):
-    """Counts a launch under capture, and tells of the first: no replay of the graph will be compared."""
-    control.count("captured")
-    if control.counts["captured"] == 1:
-        what = "a launch under CUDA graph capture: neither it nor its replays are compared or recorded"
-        events.add(control.name, "captured", what)
+def captured(control, why):
+    """Tells, once for each reason, of a launch under capture of which no replay will be compared."""
+    if control.fell_back(f"captured: {why}", why, "uncompared"):
+        events.add(control.name, "captured", f"a launch under CUDA graph capture is not compared: {why}")
 
 
 # ---------------------------------------------------------------- comparison
@@ -57,18 +57,36 @@ def measure(expected, actual, max_ulp=0):
     if not expected.is_floating_point():
         error = (expected.double() - actual.double()).abs()
         return _summary(wrong, error, error)
-    wide = torch.float32 if expected.dtype in _EXACT_IN_FLOAT32 else torch.float64
-    a, b = expected.to(wide), actual.to(wide)
+    a, b = _wide(expected), _wide(actual)
     wrong &= ~(a.isnan() & b.isnan())
-    error = (a - b).abs()
-    finite = torch.where(a.isfinite(), a.abs(), 0)
-    largest = finite.amax(-1, keepdim=True) if a.dim() else finite
-    info = torch.finfo(expected.dtype)
-    unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1) * info.eps
-    ulps = error / unit.clamp(min=info.smallest_normal * info.eps)
+    error, ulps = _distance(a, b, expected.dtype)
     if max_ulp:
         wrong &= ~(ulps <= max_ulp)
     return _summary(wrong, error, ulps)
+
+
+def differing(expected, actual, max_ulp=0):
+    """Which elements differ in the sense of :func:`measure`, by nothing that waits for the device."""
+    wrong = _bits(expected) != _bits(actual)
+    if not expected.is_floating_point():
+        return wrong
+    a, b = _wide(expected), _wide(actual)
+    wrong &= ~(a.isnan() & b.isnan())
+    return wrong & ~(_distance(a, b, expected.dtype)[1] <= max_ulp) if max_ulp else wrong
+
+
+def _wide(tensor):
+    return tensor.to(torch.float32 if tensor.dtype in _EXACT_IN_FLOAT32 else torch.float64)
+
+
+def _distance(a, b, dtype):
+    """How far apart, as it is and in units in the last place of the row's largest magnitude."""
+    error = (a - b).abs()
+    finite = torch.where(a.isfinite(), a.abs(), 0)
+    largest = finite.amax(-1, keepdim=True) if a.dim() else finite
+    info = torch.finfo(dtype)
+    unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1) * info.eps
+    return error, error / unit.clamp(min=info.smallest_normal * info.eps)
 
 
 def _summary(wrong, error, ulps):
@@ -138,6 +156,33 @@ class Comparison:
 # ---------------------------------------------------------------- a launch
 
 
+class Stopwatch:
+    """Seconds that work took: on CUDA between events of its stream, read when they are there."""
+
+    def __init__(self, device):
+        self.cuda = device.type == "cuda"
+
+    def _now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __enter__(self):
+        self.begin = self._now()
+        return self
+
+    def __exit__(self, *_):
+        self.end = self._now()
+
+    def seconds(self):
+        if not self.cuda:
+            return self.end - self.begin
+        self.end.synchronize()
+        return self.begin.elapsed_time(self.end) / 1000
+
+
 def poisoned(tensor):
     made = torch.empty_like(tensor)
     if made.numel():
@@ -163,6 +208,8 @@ class Sample:
     def __init__(self, control, call, generation, launch):
         self.control, self.call = control, call
         self.op, self.scalars = call.op, call.scalars()
+        self.shape = calls.label(call.op, call.tensors(), self.scalars)
+        self.triton = self.epmoe = None
         self.generation, self.launch = generation, launch
         if _overlaps(call):
             raise Refused("an output shares memory with another argument")
@@ -184,7 +231,8 @@ class Sample:
         call = self.call
         own = {name: poisoned(tensor) for name, tensor in call.written().items() if name in call.whole}
         own.update({name: tensor.clone() if self.keeps else tensor for name, tensor in self.before.items()})
-        returned = call.run(own)
+        with Stopwatch(self.device) as self.epmoe:
+            returned = call.run(own)
         if call.written():
             expected, actual = call.written(), own
         else:
@@ -212,6 +260,8 @@ class Sample:
         except Exception as error:
             return failed(control, error, self.launch)
         control.count("compared")
+        if self.triton is not None and self.epmoe is not None:
+            control.timed(self.shape, self.triton.seconds(), self.epmoe.seconds())
         if not findings:
             return control.count("matched")
         control.count("mismatches")

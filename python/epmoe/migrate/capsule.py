@@ -10,11 +10,13 @@ Reading trusts nothing: a file that is cut short, changed or made up raises :cla
 """
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
 import os
 import re
+import shutil
 import stat
 import sys
 import threading
@@ -50,12 +52,11 @@ _FIELDS = {
 
 
 class CapsuleError(EpmoeError):
-    """A capsule that cannot be written or read; ``argument`` is the file, ``code`` is ``"ERR_CAPSULE"``."""
+    """A capsule that cannot be written or read; ``argument`` is the file, ``code`` is ``"ERR_CAPSULE"``, or
+    ``"ERR_NO_SAFETENSORS"`` where the package is missing."""
 
-    def __init__(self, path, expected, received, hint=""):
-        super().__init__(
-            "ERR_CAPSULE", op="capsule", argument=str(path), expected=expected, received=received, hint=hint
-        )
+    def __init__(self, path, expected, received, hint="", code="ERR_CAPSULE"):
+        super().__init__(code, op="capsule", argument=str(path), expected=expected, received=received, hint=hint)
 
 
 @dataclass
@@ -97,7 +98,11 @@ def _package(path):
         import safetensors.torch
     except ImportError as error:
         raise CapsuleError(
-            path, "the safetensors package", f"{type(error).__name__}: {error}", "Install it: pip install safetensors"
+            path,
+            "the safetensors package",
+            f"{type(error).__name__}: {error}",
+            "Install it: pip install safetensors",
+            "ERR_NO_SAFETENSORS",
         ) from None
     return safetensors.torch
 
@@ -225,10 +230,11 @@ def _capsule(path, description, tensors):
 
 class Ring:
     """A folder of capsules of bounded size: where a new one has no room, the oldest go, recorded ones before those of a
-    mismatch. Other files in the folder are left alone. Threads and processes may share it."""
+    mismatch. Other files in the folder are left alone. Threads and processes may share it. Of the disk, at least
+    ``min_free_bytes`` are left to others."""
 
-    def __init__(self, folder, max_bytes=1 << 30):
-        self.folder, self.max_bytes = Path(folder), max_bytes
+    def __init__(self, folder, max_bytes=1 << 30, min_free_bytes=0):
+        self.folder, self.max_bytes, self.min_free_bytes = Path(folder), max_bytes, min_free_bytes
         self._lock = threading.Lock()
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(".tmp-*" + SUFFIX):  # by a process that ended while writing
@@ -262,5 +268,9 @@ class Ring:
                 with contextlib.suppress(FileNotFoundError):
                     path.unlink()
                 total -= size
+            free = shutil.disk_usage(self.folder).free
+            if free - len(data) < self.min_free_bytes:
+                told = f"{free} bytes are free, of which {self.min_free_bytes} are to be left"
+                raise OSError(errno.ENOSPC, told, str(self.folder))
             _write(self.folder / name, data)
         return self.folder / name

@@ -185,11 +185,20 @@ def run_original(
         sglang_original.find().kernel(WRAPPER)(
             recv_x, recv_x_scale, recv_topk, num_recv_tokens_per_expert, starts, rows, scales, m_indices, index
         )
+    put_in_order(
+        recv_topk, (starts, rows, scales, index), (expert_start_loc, output_tensor, output_tensor_scale, output_index)
+    )
+
+
+def put_in_order(recv_topk, made, ordered):
+    """Rewrites what SGLang's ep_scatter made, whose order within an expert is left to chance, as epmoe orders it. Both
+    are (expert_start_loc, output_tensor, output_tensor_scale, output_index)."""
+    starts, rows, scales, index = made
+    expert_start_loc, output_tensor, output_tensor_scale, output_index = ordered
     ids = recv_topk.reshape(-1).long()
     slots = (ids >= 0).nonzero().squeeze(1)
     # It has moved each start on by the slots that came.
-    starts -= torch.bincount(ids[slots], minlength=starts.numel()).to(torch.int32)
-    expert_start_loc.copy_(starts)
+    expert_start_loc.copy_(starts - torch.bincount(ids[slots], minlength=starts.numel()).to(torch.int32))
     # Its rows of an expert, which no two slots share, in ascending order go to the expert's slots in theirs.
     given = index.view(-1)[slots].long()
     by_expert = ids[slots].argsort(stable=True)

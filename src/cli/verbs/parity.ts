@@ -2,11 +2,11 @@ import { writeFileSync } from 'node:fs'
 import type { Command } from 'commander'
 import { devices } from '../../device.js'
 import { availableBackends, backendNames } from '../../parity/backends.js'
-import type { Case } from '../../parity/case.js'
+import { controlCases } from '../../parity/controls.js'
 import { junitOf } from '../../parity/junit.js'
 import { referenceNames } from '../../parity/references.js'
 import { succeeded } from '../../parity/result.js'
-import { loadCases, runParity } from '../../parity/run.js'
+import { runParity } from '../../parity/run.js'
 import { summaryOf, tableOf } from '../../parity/table.js'
 import { startPython } from '../../python/start.js'
 import { Progress } from '../progress.js'
@@ -76,12 +76,3 @@ const verb: Verb = {
   },
 }
 export default verb
-
-/** One standard case of each op and dtype in the run, for when the chosen ones are too small to be spoiled. */
-async function controlCases(cases: Case[]): Promise<Case[]> {
-  const standard = (await loadCases()).flatMap((each) => each.standard())
-  const wanted = new Set(cases.map(({ op, dtype }) => `${op}/${dtype}`))
-  return [...wanted].flatMap(
-    (key) => standard.find((each) => `${each.op}/${each.dtype}` === key && each.axes['T']! > 8) ?? [],
-  )
-}

@@ -1,5 +1,5 @@
 import type { DType } from '../../dtype.js'
-import type { Case, GridOptions, OpCases, Problem } from '../case.js'
+import type { Case, GridOptions, Known, OpCases, Problem, RecordedCall } from '../case.js'
 import { Expectation } from '../expectation.js'
 import { floatTensor, indexTensor, nanBits, normalTensor, sprinkle, swap, write } from '../fill.js'
 import { cross, shapesOf } from '../grid.js'
@@ -77,20 +77,7 @@ function build(spec: Spec): Problem {
     outputs: () => ({ output_tensor: Guarded.create([T, H], dtype, shift) }),
     scalars: {},
     bytes: (local.filter((id) => id >= 0).length + T) * H * itemsizeOf(dtype),
-    oracle: () => {
-      const expectation = new Expectation()
-      const page = expectation.floats('output_tensor', [T, H], sumBounds(K, dtype, 1))
-      const decode = decoderOf(weightsDtype)
-      const weights = inputs['recv_topk_weight']!.tensor.data
-      sumRows(
-        page,
-        spec,
-        inputs['input_tensor']!.tensor,
-        (slot) => (local[slot]! < 0 ? -1 : routing.src2dst[slot]!),
-        (slot) => decode(weights, slot),
-      )
-      return expectation
-    },
+    oracle: () => oracle(spec, inputs),
     spoilers: [
       {
         name: 'dropped slot',
@@ -112,6 +99,35 @@ function build(spec: Spec): Problem {
       for (const input of Object.values(inputs)) input[Symbol.dispose]()
     },
   }
+}
+
+function recorded({ inputs }: RecordedCall): Known {
+  const { shape, dtype } = inputs['input_tensor']!.tensor
+  const [T = 0, K = 0] = inputs['recv_topk_ids']!.tensor.shape
+  const spec: Spec = { ...family.defaults, T, K, H: shape.at(-1)!, dtype, ep: 1 }
+  return {
+    dtype,
+    axes: { T, H: spec.H, K },
+    interpreterSteps: family.steps(spec),
+    oracle: () => oracle(spec, inputs),
+  }
+}
+
+function oracle({ T, H, K, dtype }: Spec, inputs: Record<string, Guarded>): Expectation {
+  const expectation = new Expectation()
+  const page = expectation.floats('output_tensor', [T, H], sumBounds(K, dtype, 1))
+  const { data: weights, dtype: weightsDtype } = inputs['recv_topk_weight']!.tensor
+  const decode = decoderOf(weightsDtype)
+  const ids = inputs['recv_topk_ids']!.tensor.data
+  const index = inputs['input_index']!.tensor.data
+  sumRows(
+    page,
+    { T, H, K },
+    inputs['input_tensor']!.tensor,
+    (slot) => (Number(ids[slot]) < 0 ? -1 : Number(index[slot])),
+    (slot) => decode(weights, slot),
+  )
+  return expectation
 }
 
 function standard(): Case[] {
@@ -153,5 +169,6 @@ const cases: OpCases = {
   standard,
   grid,
   parse: (name) => parseCase(family, name),
+  recorded,
 }
 export default cases

@@ -1,5 +1,5 @@
 import type { DType } from '../../dtype.js'
-import type { Case, GridOptions, OpCases, Problem, Spoiler } from '../case.js'
+import type { Case, GridOptions, Known, OpCases, Problem, RecordedCall, Spoiler } from '../case.js'
 import { Expectation } from '../expectation.js'
 import { indexTensor, normalTensor, quarter, scaleTensor, sprinkle, swap, write } from '../fill.js'
 import { cross, shapesOf } from '../grid.js'
@@ -55,7 +55,7 @@ const family: Family<Spec> = {
   build,
 }
 
-/** Local ids, rows reserved, and where slots go. */
+/** Local ids and the rows reserved for them. */
 function plan({ T, K, ep, rank, E, routing, pad, spare, seed }: Spec) {
   const random = new Random(seed)
   const [start, end] = localRange({ E, ep, rank })
@@ -64,16 +64,34 @@ function plan({ T, K, ep, rank, E, routing, pad, spare, seed }: Spec) {
   const counts = new Int32Array(experts)
   for (const id of ids) if (id >= 0) counts[id]!++
   const reserved = counts.map((count) => Math.ceil(count / pad) * pad)
-  const starts = reserved.map((_, e) => reserved.subarray(0, e).reduce((sum, rows) => sum + rows, 0))
-  const taken = new Int32Array(experts)
-  const index = ids.map((id) => (id < 0 ? -1 : starts[id]! + taken[id]!++))
   const rows = reserved.reduce((sum, count) => sum + count, 0) + spare
-  return { ids, experts, reserved, starts, index, rows, random }
+  return { ids, experts, reserved, rows, random }
+}
+
+/** Where each expert's rows begin, and the row of each slot, in order of token and slot; -1 where it has none. */
+function place({ ids, reserved, rows }: Placement): { starts: Int32Array; index: Int32Array } {
+  const starts = new Int32Array(reserved.length)
+  for (let e = 1; e < reserved.length; e++) starts[e] = starts[e - 1]! + reserved[e - 1]!
+  const taken = new Int32Array(reserved.length)
+  const index = ids.map((id) => {
+    if (id < 0 || taken[id]! >= reserved[id]!) return -1
+    const row = starts[id]! + taken[id]!++
+    return row < rows ? row : -1
+  })
+  return { starts, index }
+}
+
+interface Placement {
+  /** [T*K], local. */
+  ids: Int32Array
+  /** [experts] */
+  reserved: Int32Array
+  rows: number
 }
 
 function build(spec: Spec): Problem {
   const { T, H, K, dtype } = spec
-  const { ids, experts, reserved, starts, index, rows, random } = plan(spec)
+  const { ids, experts, reserved, rows, random } = plan(spec)
   const groups = groupsOf(H)
   const inputs: Record<string, Guarded> = {
     recv_x: normalTensor([T, H], dtype, spec.seed, 3),
@@ -93,28 +111,7 @@ function build(spec: Spec): Problem {
     }),
     scalars: {},
     bytes: (ids.filter((id) => id >= 0).length + T) * H * itemsizeOf(dtype) + rows * 4,
-    oracle: () => {
-      const expectation = new Expectation()
-      expectation.integers('expert_start_loc', [experts]).expected.set(starts)
-      const { expected } = expectation.floats('output_tensor', [rows, H])
-      const decode = decoderOf(dtype)
-      const scales = inputs['recv_x_scale']?.tensor.data as Float32Array | undefined
-      const scalePage = scales && expectation.floats('output_tensor_scale', [rows, groups])
-      const mIndices = expectation.integers('m_indices', [rows]).expected
-      for (let e = 0; e < experts; e++) mIndices.fill(e, starts[e], starts[e]! + reserved[e]!)
-      expectation.integers('output_index', [T, K]).expected.set(index)
-      index.forEach((row, slot) => {
-        if (row < 0) return
-        const token = Math.floor(slot / K)
-        for (let column = 0; column < H; column++) {
-          expected[row * H + column] = decode(inputs['recv_x']!.tensor.data, token * H + column)
-        }
-        for (let group = 0; scalePage !== undefined && group < groups; group++) {
-          scalePage.expected[row * groups + group] = scales![token * groups + group]!
-        }
-      })
-      return expectation
-    },
+    oracle: () => oracle(inputs, { ids, reserved, rows }),
     spoilers: [
       {
         name: 'dropped slot',
@@ -140,6 +137,48 @@ function build(spec: Spec): Problem {
       for (const input of Object.values(inputs)) input[Symbol.dispose]()
     },
   }
+}
+
+function recorded({ inputs, outputs }: RecordedCall): Known {
+  const { shape, dtype } = inputs['recv_x']!.tensor
+  const topk = inputs['recv_topk']!.tensor
+  const [T = 0, K = 0] = topk.shape
+  const reserved = Int32Array.from(inputs['num_recv_tokens_per_expert']!.tensor.data as Int32Array)
+  const spec: Spec = { ...family.defaults, T, K, H: shape[1]!, E: reserved.length, dtype, ep: 1 }
+  const ids = Int32Array.from(topk.data as ArrayLike<number | bigint>, Number)
+  return {
+    dtype,
+    axes: family.axes(spec),
+    interpreterSteps: family.steps(spec),
+    oracle: () => oracle(inputs, { ids, reserved, rows: outputs['m_indices']!.shape[0]! }),
+  }
+}
+
+function oracle(inputs: Record<string, Guarded>, placement: Placement): Expectation {
+  const { reserved, rows } = placement
+  const { starts, index } = place(placement)
+  const { data, dtype, shape } = inputs['recv_x']!.tensor
+  const H = shape[1]!
+  const [T = 0, K = 0] = inputs['recv_topk']!.tensor.shape
+  const expectation = new Expectation()
+  expectation.integers('expert_start_loc', [starts.length]).expected.set(starts)
+  const { expected } = expectation.floats('output_tensor', [rows, H])
+  const decode = decoderOf(dtype)
+  const scales = inputs['recv_x_scale']?.tensor
+  const groups = scales?.shape[1] ?? 0
+  const scalePage = scales && expectation.floats('output_tensor_scale', [rows, groups])
+  const mIndices = expectation.integers('m_indices', [rows]).expected
+  for (let e = 0; e < reserved.length; e++) mIndices.fill(e, starts[e], starts[e]! + reserved[e]!)
+  expectation.integers('output_index', [T, K]).expected.set(index)
+  index.forEach((row, slot) => {
+    if (row < 0) return
+    const token = Math.floor(slot / K)
+    for (let column = 0; column < H; column++) expected[row * H + column] = decode(data, token * H + column)
+    for (let group = 0; scalePage !== undefined && group < groups; group++) {
+      scalePage.expected[row * groups + group] = (scales!.data as Float32Array)[token * groups + group]!
+    }
+  })
+  return expectation
 }
 
 /** The scale that the first local slot's row has first. */
@@ -192,5 +231,6 @@ const cases: OpCases = {
   standard,
   grid,
   parse: (name) => parseCase(family, name),
+  recorded,
 }
 export default cases

@@ -1,7 +1,7 @@
 import type { DType } from '../../dtype.js'
 import { native } from '../../native.js'
 import type { Tensor } from '../../tensor.js'
-import type { Case, GridOptions, OpCases, Oracle, Problem, Spoiler } from '../case.js'
+import type { Case, GridOptions, Known, OpCases, Oracle, Problem, RecordedCall, Spoiler } from '../case.js'
 import { Expectation } from '../expectation.js'
 import { indexTensor, nanBits, normalTensor, sprinkle, swap, write } from '../fill.js'
 import { cross, shapesOf } from '../grid.js'
@@ -9,7 +9,7 @@ import { Guarded } from '../guard.js'
 import { Kept } from '../kept.js'
 import { presets } from '../presets.js'
 import { Random } from '../random.js'
-import { localRange, markLocal, type Routing, type RoutingKind, route } from '../routing.js'
+import { localOf, localRange, markLocal, type Routing, type RoutingKind, rangeOf, route } from '../routing.js'
 import { type Spec as BaseSpec, caseOf, casesOf, type Family, parseCase } from '../spec.js'
 import { sumBounds, sumRows } from '../sums.js'
 import { decoderOf, itemsizeOf, rowsOf } from '../values.js'
@@ -169,7 +169,7 @@ function oracle(spec: Spec, inputs: Record<string, Guarded>, local: Int32Array):
   sumRows(
     page,
     spec,
-    inputs['down_output']!.tensor,
+    inputs['down_output']!.tensor.view([inputs['down_output']!.tensor.numel / Math.max(1, H), H]),
     (slot) => (local[slot] === 0 ? -1 : Number(src2dst[slot]) - dstStart),
     (slot) => weightOf(weights, slot) * factor,
   )
@@ -182,6 +182,32 @@ function oracle(spec: Spec, inputs: Record<string, Guarded>, local: Int32Array):
     }
   }
   return expectation
+}
+
+function recorded({ inputs, scalars }: RecordedCall): Known {
+  const rows = inputs['down_output']!.tensor
+  const [T = 0, K = 0] = inputs['topk_weights']!.tensor.shape
+  const ids = inputs['topk_ids']?.tensor.data
+  const spec: Spec = {
+    ...defaults,
+    T,
+    K,
+    H: rows.shape.at(-1)!,
+    dtype: rows.dtype,
+    gate: ids === undefined ? 'dst' : 'ids',
+    dstStart: Number(scalars['dst_start'] ?? 0),
+    factor: Number(scalars['routed_scaling_factor'] ?? 1),
+    shared: 'shared_output' in inputs ? 1 : 0,
+    residual: 'residual' in inputs ? 1 : 0,
+  }
+  const range: [number, number] = ids === undefined ? [0, Infinity] : rangeOf(scalars)
+  const local = localOf(ids ?? inputs['src2dst']!.tensor.data, range)
+  return {
+    dtype: spec.dtype,
+    axes: { T, H: spec.H, K },
+    interpreterSteps: family.steps(spec),
+    oracle: () => oracle(spec, inputs, local),
+  }
 }
 
 function spoilersOf({ T, K, gate }: Spec, local: Int32Array): Spoiler[] {
@@ -268,5 +294,5 @@ function grid(options: GridOptions): Case[] {
   )
 }
 
-const cases: OpCases = { op: 'post_reorder', standard, grid, parse: (name) => parseCase(family, name) }
+const cases: OpCases = { op: 'post_reorder', standard, grid, parse: (name) => parseCase(family, name), recorded }
 export default cases

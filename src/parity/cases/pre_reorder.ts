@@ -1,6 +1,6 @@
 import type { DType } from '../../dtype.js'
 import type { Tensor } from '../../tensor.js'
-import type { Bounds, Case, GridOptions, OpCases, Problem, Spoiler } from '../case.js'
+import type { Bounds, Case, GridOptions, Known, OpCases, Problem, RecordedCall, Spoiler } from '../case.js'
 import { Expectation } from '../expectation.js'
 import { indexTensor, normalTensor, quarter, scaleTensor, sprinkle, swap, write } from '../fill.js'
 import { cross, shapesOf } from '../grid.js'
@@ -8,7 +8,7 @@ import { Guarded } from '../guard.js'
 import { presets } from '../presets.js'
 import { absmaxOf, groupScale, groupsOf, nearJump, toFloat8 } from '../quantise.js'
 import { Random } from '../random.js'
-import { localRange, markLocal, type RoutingKind, route } from '../routing.js'
+import { localOf, localRange, markLocal, type RoutingKind, rangeOf, route } from '../routing.js'
 import { type Spec as BaseSpec, caseOf, casesOf, clampedNaN, type Family, parseCase } from '../spec.js'
 import { decoderOf, encoderOf, itemsizeOf, roundsToInfinity } from '../values.js'
 
@@ -82,16 +82,18 @@ interface Layout {
   row: Int32Array
   rows: number[]
   dstStart: number
+  /** The first local expert. */
+  start: number
 }
 
 function layOut(spec: Spec, topkIds: Int32Array, src2dst: Int32Array, random: Random): Layout {
   const { T, K, layout } = spec
   const [start, end] = localRange(spec)
   const local = markLocal(topkIds, [start, end], random)
-  if (layout === 'packed') return { local, row: src2dst, rows: [T * K], dstStart: 0 }
+  if (layout === 'packed') return { local, row: src2dst, rows: [T * K], dstStart: 0, start }
   const taken = new Int32Array(end - start + 1)
   const row = topkIds.map((id, slot) => (local[slot] === 1 ? (id - start) * T + taken[id - start]!++ : -1))
-  return { local, row, rows: [end - start + 1, T], dstStart: start * T }
+  return { local, row, rows: [end - start + 1, T], dstStart: start * T, start }
 }
 
 function build(spec: Spec): Problem {
@@ -99,7 +101,8 @@ function build(spec: Spec): Problem {
   const random = new Random(spec.seed)
   const routing = route(T, K, spec.E, spec.routing, random)
   const [start, end] = localRange(spec)
-  const { local, row, rows, dstStart } = layOut(spec, routing.topkIds, routing.src2dst, random)
+  const layout = layOut(spec, routing.topkIds, routing.src2dst, random)
+  const { local, row, rows, dstStart } = layout
   const groups = scales === 'rows' || quantization === 'group' ? groupsOf(H) : 1
   const destination = (slot: number) => (gate === 'dst' && local[slot] === 0 ? -1 - (slot % 5) : row[slot]! + dstStart)
   const inputs: Record<string, Guarded> = {
@@ -126,7 +129,7 @@ function build(spec: Spec): Problem {
       ...(format === 'float32' ? {} : { scale_format: format }),
     },
     bytes: bytesOf(spec, local, dtype),
-    oracle: () => oracle(spec, inputs, { local, row, rows, dstStart }, routing.topkIds, groups),
+    oracle: () => oracle(spec, inputs, layout, routing.topkIds, groups),
     spoilers: [
       {
         name: 'dropped slot',
@@ -145,7 +148,7 @@ function build(spec: Spec): Problem {
           return first >= 0 && other >= 0
         },
       },
-      ...(scales === 'none' ? [] : [changedScale(spec, local, routing.topkIds, groups)]),
+      ...(scales === 'none' ? [] : [changedScale(spec, layout, routing.topkIds, groups)]),
     ],
     [Symbol.dispose]: () => {
       for (const input of Object.values(inputs)) input[Symbol.dispose]()
@@ -153,9 +156,46 @@ function build(spec: Spec): Problem {
   }
 }
 
+function recorded({ inputs, outputs, scalars }: RecordedCall): Known {
+  const input = inputs['input']!.tensor
+  const [T = 0, H = 0] = input.shape
+  const { shape: made, dtype: out } = outputs['gateup_input']!
+  const src2dst = inputs['src2dst']!.tensor.data
+  const ids = inputs['topk_ids']?.tensor.data
+  const scaled = 'a1_scales' in inputs ? (scalars['scale_axis'] === 'token' ? 'token' : 'expert') : 'none'
+  const dstStart = Number(scalars['dst_start'] ?? 0)
+  const spec: Spec = {
+    ...family.defaults,
+    T,
+    H,
+    K: T === 0 ? 0 : src2dst.length / T,
+    dtype: input.dtype,
+    out: out === input.dtype ? 'same' : 'float8_e4m3fn',
+    gate: ids === undefined ? 'dst' : 'ids',
+    scales: 'input_scales' in inputs ? 'rows' : scaled,
+    quantization: (scalars['quantization'] ?? 'static') as Spec['quantization'],
+    format: (scalars['scale_format'] ?? 'float32') as Spec['format'],
+  }
+  const range: [number, number] = ids === undefined ? [0, Infinity] : rangeOf(scalars)
+  const layout: Layout = {
+    local: localOf(ids ?? src2dst, range),
+    row: Int32Array.from(src2dst as ArrayLike<number | bigint>, (row) => Number(row) - dstStart),
+    rows: made.slice(0, -1),
+    dstStart,
+    start: range[0],
+  }
+  const topkIds = Int32Array.from((ids ?? []) as ArrayLike<number | bigint>, Number)
+  const groups = outputs['output_scales']?.shape.at(-1) ?? 1
+  return {
+    dtype: spec.dtype,
+    axes: { T, H, K: spec.K },
+    interpreterSteps: family.steps(spec),
+    oracle: () => oracle(spec, inputs, layout, topkIds, groups),
+  }
+}
+
 /** The scale that the first local slot's row has first. */
-function changedScale({ K, scales, ...range }: Spec, local: Int32Array, topkIds: Int32Array, groups: number): Spoiler {
-  const [start] = localRange(range)
+function changedScale({ K, scales }: Spec, { local, start }: Layout, topkIds: Int32Array, groups: number): Spoiler {
   return {
     name: 'changed scale',
     apply: (copies) => {
@@ -219,7 +259,7 @@ const scaleBounds: Bounds = { fp32: 0.51, triton: 3, reference: 3 }
 function oracle(
   spec: Spec,
   inputs: Record<string, Guarded>,
-  { local, row, rows }: Layout,
+  { local, row, rows, start }: Layout,
   topkIds: Int32Array,
   groups: number,
 ): Expectation {
@@ -235,7 +275,6 @@ function oracle(
   const decode = decoderOf(input.dtype)
   const a1Scales = inputs['a1_scales']?.tensor.data as Float32Array | undefined
   const inputScales = inputs['input_scales']?.tensor.data as Float32Array | undefined
-  const [start] = localRange(spec)
   const narrow =
     out === 'float8_e4m3fn' && input.dtype !== 'float8_e4m3fn'
       ? toFloat8
@@ -326,5 +365,5 @@ function grid(options: GridOptions): Case[] {
   )
 }
 
-const cases: OpCases = { op: 'pre_reorder', standard, grid, parse: (name) => parseCase(family, name) }
+const cases: OpCases = { op: 'pre_reorder', standard, grid, parse: (name) => parseCase(family, name), recorded }
 export default cases

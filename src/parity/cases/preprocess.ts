@@ -1,4 +1,4 @@
-import type { Case, GridOptions, OpCases, Problem } from '../case.js'
+import type { Case, GridOptions, Known, OpCases, Problem, RecordedCall } from '../case.js'
 import { Expectation } from '../expectation.js'
 import { indexTensor, write } from '../fill.js'
 import { cross, shapesOf } from '../grid.js'
@@ -80,6 +80,27 @@ function build(spec: Spec): Problem {
   }
 }
 
+function recorded({ inputs, outputs, scalars }: RecordedCall): Known {
+  const ids = inputs['topk_ids']!.tensor
+  const [T = 0, K = 0] = ids.shape
+  const spec: Spec = {
+    ...family.defaults,
+    T,
+    K,
+    E: outputs['seg_indptr']!.shape[0]! - 1,
+    dtype: ids.dtype as Spec['dtype'],
+    negatives: (scalars['negatives'] ?? 'counted') as Spec['negatives'],
+    mMax: Number(scalars['m_max'] ?? 0),
+    counts: 'masked_m' in outputs ? 1 : 0,
+  }
+  return {
+    dtype: spec.dtype,
+    axes: family.axes(spec),
+    interpreterSteps: family.steps(spec),
+    oracle: () => oracle(spec, Int32Array.from(ids.data as ArrayLike<number | bigint>, Number)),
+  }
+}
+
 /** A counting sort with the slots of -1 as the first bucket. */
 function oracle({ T, K, E, negatives, mMax, counts: counted }: Spec, topkIds: Int32Array): Expectation {
   const counts = new Int32Array(E + 1)
@@ -149,5 +170,6 @@ const cases: OpCases = {
   standard,
   grid,
   parse: (name) => parseCase(family, name),
+  recorded,
 }
 export default cases
