@@ -13,7 +13,6 @@ import torch
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
 import serve
-
 from epmoe import shim
 
 

@@ -11,7 +11,9 @@ export default function path(): void {
   const names = gpu === undefined ? ['epmoe', 'torch'] : implementations
   const file = fileURLToPath(new URL('./path.py', import.meta.url))
   const bench = startPython().exec(readFileSync(file, 'utf8'), file)
-  console.log(`preprocess, preReorder, siluAndMul and postReorder, bf16, H 7168, I 2048, K 8, E 256, on ${gpu ?? 'cpu'}; µs`)
+  console.log(
+    `preprocess, preReorder, siluAndMul and postReorder, bf16, H 7168, I 2048, K 8, E 256, on ${gpu ?? 'cpu'}; µs`,
+  )
   for (const tokens of [1, 8, 64, 512, 4096]) {
     const times = bench.method('measure', gpu ?? 'cpu', tokens, names).toJS() as Record<string, string>
     const columns = Object.entries(times).map(([name, time]) => `${name} ${time}`)

@@ -59,7 +59,8 @@ class Storage {
   bool read_only = false;
   napi_ref buffer = nullptr;  // kBuffer: the JavaScript owner
   // The stream of the last work on this memory, by whichever tensor. Work on another stream waits for it first, so that
-  // a tensor and its views may wander between epmoe's streams and the framework's without anybody having to think of it.
+  // a tensor and its views may wander between epmoe's streams and the framework's without anybody having to think of
+  // it.
   StreamRef stream;
 
  private:
@@ -81,7 +82,7 @@ struct TensorRecord {
   std::shared_ptr<Storage> storage;
   std::vector<int64_t> shape, strides;
   DLTensor dl{};
-  bool foreign = false;  // memory of the framework behind the exchange table
+  bool foreign = false;       // memory of the framework behind the exchange table
   napi_ref buffer = nullptr;  // weak: the ArrayBuffer handed out over this tensor
   double handle = 0;
 };
