@@ -175,22 +175,8 @@ void validate(const Call &call) {
     fail(EPMOE_ERR_UNEXPECTED_ARGUMENT, "output_scales", "nothing: there are no scales to write", "a tensor",
          "Pass quantization 'group'");
   }
-  if (p.output_dtype != EPMOE_FLOAT8_E4M3FN) {
-    fail(EPMOE_ERR_DTYPE, "down_input", "float8_e4m3fn (quantization asks for it)", "the dtype of gateup_output",
-         "Pass a float8_e4m3fn output, or quantization 'static'");
-  }
-  if (p.scales != nullptr) {
-    fail(EPMOE_ERR_UNEXPECTED_ARGUMENT, "scales", "nothing: quantization 'group' finds the scales", "a tensor",
-         "Leave one of the two out");
-  }
-  if (p.output_scales == nullptr) {
-    fail(EPMOE_ERR_MISSING_ARGUMENT, "output_scales", "a float32 tensor for the scales found", "nothing",
-         "Pass output_scales [R, G]");
-  }
-  if (p.groups != quantize::groups_of(p.width)) {
-    fail(EPMOE_ERR_SHAPE, "output_scales", "shape [R, G] with G = " + std::to_string(quantize::groups_of(p.width)),
-         "G = " + std::to_string(p.groups), "One scale for each 128 columns");
-  }
+  quantize::check({"gateup_output", "down_input", "scales", "'group' finds", "One scale for each 128 columns",
+                   p.output_dtype, p.scales != nullptr, p.output_scales, p.groups, quantize::groups_of(p.width)});
 }
 
 }  // namespace

@@ -74,23 +74,10 @@ void check_scales(const Call &call, const scatter_rows::Problem &p) {
 }
 
 void check_quantisation(const scatter_rows::Problem &p) {
-  if (p.output_dtype != EPMOE_FLOAT8_E4M3FN) {
-    fail(EPMOE_ERR_DTYPE, "gateup_input", "float8_e4m3fn (quantization asks for it)", "the dtype of input",
-         "Pass a float8_e4m3fn output, or quantization 'static'");
-  }
-  if (p.a1_scales != nullptr) {
-    fail(EPMOE_ERR_UNEXPECTED_ARGUMENT, "a1_scales", "nothing: quantization 'token' and 'group' find the scales",
-         "a tensor", "Leave one of the two out");
-  }
-  if (p.output_scales == nullptr) {
-    fail(EPMOE_ERR_MISSING_ARGUMENT, "output_scales", "a float32 tensor for the scales found", "nothing",
-         "Pass output_scales [R, G]");
-  }
   const int64_t groups = p.quantization == quantize::kToken ? 1 : quantize::groups_of(p.hidden);
-  if (p.groups != groups) {
-    fail(EPMOE_ERR_SHAPE, "output_scales", "shape [R, G] with G = " + std::to_string(groups),
-         "G = " + std::to_string(p.groups), "One scale a row for 'token', one for each 128 columns for 'group'");
-  }
+  quantize::check({"input", "gateup_input", "a1_scales", "'token' and 'group' find",
+                   "One scale a row for 'token', one for each 128 columns for 'group'", p.output_dtype,
+                   p.a1_scales != nullptr, p.output_scales, p.groups, groups});
 }
 
 void validate(const Call &call) {

@@ -19,6 +19,19 @@ constexpr float kLeastAbsmax = 1e-10f;  // rows of zeros get a scale that divide
 
 inline int64_t groups_of(int64_t columns) { return (columns + kGroupSize - 1) / kGroupSize; }
 
+// What a call whose op is to find the scales has; strings name its arguments and the ways it may be asked.
+struct Request {
+  const char *input, *output, *divisors;
+  const char *ways;           // "'token' and 'group' find"
+  const char *one_scale_for;  // how many scales there are, in words
+  int32_t output_dtype;
+  bool divisors_given;
+  const float *output_scales;
+  int64_t groups, expected_groups;
+};
+
+void check(const Request &request);
+
 // The scale under which values up to `absmax` fit float8.
 inline float scale_of(float absmax, bool power_of_two) {
   const float scale = std::max(absmax, kLeastAbsmax) / kLargest;

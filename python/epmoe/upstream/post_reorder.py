@@ -1,6 +1,6 @@
 """sgl-kernel's ep_moe_post_reorder, as it was before it was removed."""
 
-from epmoe.errors import EpmoeError
+from epmoe.upstream import require_topk
 
 __all__ = ["ep_moe_post_reorder"]
 
@@ -13,14 +13,7 @@ def ep_moe_post_reorder(down_output, output, src2dst, topk_ids, topk_weights, st
     """
     from epmoe.generated import post_reorder
 
-    if topk_ids.shape[-1] != topk:
-        raise EpmoeError(
-            "ERR_VALUE",
-            op="ep_moe_post_reorder",
-            argument="topk",
-            expected=f"{topk_ids.shape[-1]}, the last size of topk_ids",
-            received=str(topk),
-        )
+    require_topk("ep_moe_post_reorder", topk_ids, topk)
     post_reorder(
         down_output,
         output,

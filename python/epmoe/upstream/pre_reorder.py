@@ -1,6 +1,6 @@
 """sgl-kernel's ep_moe_pre_reorder, as it was before it was removed."""
 
-from epmoe.errors import EpmoeError
+from epmoe.upstream import require_topk
 
 __all__ = ["ep_moe_pre_reorder"]
 
@@ -24,14 +24,7 @@ def ep_moe_pre_reorder(
     """
     from epmoe.generated import pre_reorder
 
-    if topk_ids.shape[-1] != topk:
-        raise EpmoeError(
-            "ERR_VALUE",
-            op="ep_moe_pre_reorder",
-            argument="topk",
-            expected=f"{topk_ids.shape[-1]}, the last size of topk_ids",
-            received=str(topk),
-        )
+    require_topk("ep_moe_pre_reorder", topk_ids, topk)
     pre_reorder(
         input,
         gateup_input,
