@@ -41,7 +41,12 @@ export interface ReplayReport extends Report {
 export async function replay(options: ReplayOptions): Promise<ReplayReport> {
   const { capsules, controls, ...rest } = options
   const known = await loadCases()
-  const cases = capsules.map((capsule) => caseOf(capsule, known))
+  const first = (name: string) => capsules.findIndex((each) => each.name === name)
+  const cases = capsules.map((capsule, index) => {
+    // Folders may hold files of one name.
+    const name = first(capsule.name) === index ? capsule.name : `${capsule.name}#${index + 1}`
+    return caseOf(capsule, name, known)
+  })
   const report = runParity({ ...rest, cases, controlCases: controls === 'on' ? await controlCases(cases) : [] })
   return {
     ...report,
@@ -67,7 +72,7 @@ export async function replay(options: ReplayOptions): Promise<ReplayReport> {
 }
 
 /** A capsule as a case of parity. Throws ERR_CAPSULE where epmoe's kernel on the CPU does not take the call. */
-function caseOf(capsule: Capsule, known: Awaited<ReturnType<typeof loadCases>>): Case {
+function caseOf(capsule: Capsule, title: string, known: Awaited<ReturnType<typeof loadCases>>): Case {
   const { op } = capsule.facts
   const own = known.find((each) => each.op === op)
   if (own?.recorded === undefined) {
@@ -87,7 +92,7 @@ function caseOf(capsule: Capsule, known: Awaited<ReturnType<typeof loadCases>>):
     ...(recorded === undefined ? {} : { recorded }),
     [Symbol.dispose]: () => {},
   }
-  const name = `${op}/${capsule.name}`
+  const name = `${op}/${title}`
   return { name, op, tags: ['recorded'], unspecified: undefined, ...facts, build: () => problem }
 }
 

@@ -69,20 +69,21 @@ def label(op, tensors, scalars):
     return ", ".join([*(f"{letter}={found[letter]}" for letter in "TKHX" if letter in found), *filter(None, [dtype])])
 
 
-def expert_range(op, tensors, scalars):
-    """The first local expert and the number of them; None where a call has no experts by number."""
+def expert_range(op, tensors, scalars, segments):
+    """The first local expert and the number of them; None where a call has no experts by number. ``segments`` is the
+    length of seg_indptr, where the op writes one."""
     ids = tensors.get(IDS[op])
     if op == "ep_scatter":
         return 0, tensors["num_recv_tokens_per_expert"].numel()
     if "masked_m" in tensors and op.endswith("_and_mul"):
         return 0, tensors["masked_m"].numel()
+    if op == "preprocess":
+        return 0, segments - 1
     if ids is None or op == "ep_gather":
         return None
     first = scalars.get("start_expert_id", 0)
     largest = int(ids.max()) if ids.numel() else -1
     last = min(scalars.get("end_expert_id", largest), max(largest, first))
-    if op == "preprocess":
-        return 0, tensors["seg_indptr"].numel() - 1
     if scales := tensors.get("scales", tensors.get("a1_scales") if scalars.get("scale_axis") != "token" else None):
         last = max(last, first + scales.numel() - 1)
     return first, max(0, last - first + 1)

@@ -20,7 +20,8 @@ def sizes(call):
                 found[letter] = size
     if found.get("H") and any("G" in axes[name] for name in (*tensors, *call.outputs)):
         found["H"] = -(-found["H"] // GROUP_SIZE)  # whole groups, which have a scale of their own
-    experts = calls.expert_range(op, tensors, scalars)
+    segments = call.outputs["seg_indptr"][0][0] if "seg_indptr" in call.outputs else 0
+    experts = calls.expert_range(op, tensors, scalars, segments)
     if experts is not None:
         found["X"] = experts[1]
     if op.endswith("_and_mul") and "masked_m" not in tensors:
@@ -126,7 +127,9 @@ def _take_experts(made, keep):
     """Slots of the other experts go nowhere; those kept are numbered anew, from the first."""
     op, arguments = made.op, made.tensors["argument"]
     axes = calls.axes_of(op, arguments, made.scalars)
-    first, count = calls.expert_range(op, arguments, made.scalars)
+    before = made.tensors["before"]
+    segments = before["seg_indptr"].numel() if "seg_indptr" in before else 0
+    first, count = calls.expert_range(op, arguments, made.scalars, segments)
     for part in made.tensors.values():
         for name, tensor in part.items():
             if axes[name][0] == "X" and (name != "a1_scales" or made.scalars.get("scale_axis") != "token"):
