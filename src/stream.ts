@@ -39,6 +39,7 @@ export class Stream implements Disposable {
   static torchCurrent(device: DeviceLike = 'cuda'): Stream {
     const id = cudaId(device, 'Stream.torchCurrent')
     const bridge = torchBridge('Stream.torchCurrent')
+    native().stream.own(id) // a torch without CUDA would answer for a GPU that is not there
     const address = native().python.hasExchange() ? native().stream.foreign(id) : bridge.currentStream(id)
     return new Stream(id, address, false)
   }
