@@ -4,7 +4,7 @@ import { mkdtempSync, readFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { devices, type PyRef, postReorder, startPython, Tensor } from 'epmoe'
+import { devices, Graph, type PyRef, postReorder, Stream, startPython, Tensor } from 'epmoe'
 
 const calls = 900 // fewer than a stream queues before the host has to wait
 const rounds = 101
@@ -52,6 +52,15 @@ export default function host(): void {
   rows.push(['postReorder, five torch tensors, Node', median(() => postReorder(asTorch), drain)])
   using prepared = postReorder.prepare(asTensors)
   rows.push(['postReorder, prepared, Node', median(() => prepared.run(), drain)])
+  if (gpu !== undefined) {
+    using stream = Stream.create(gpu)
+    using empty = Graph.capture(stream, () => {})
+    using graph = Graph.capture(stream, () => prepared.run())
+    const current = Stream.torchCurrent(gpu)
+    rows.push(['replay of an empty graph, Node', median(() => empty.replay(), drain)])
+    rows.push(['replay of postReorder, Node', median(() => graph.replay(current), drain)])
+    rows.push(['the same beside torch, Node', median(() => graph.replay(), drain)])
+  }
   for (const [label, time] of Object.entries(
     bench.method('python_calls', made, calls, rounds).toJS() as Record<string, number>,
   )) {

@@ -1,5 +1,6 @@
 import { createRequire } from 'node:module'
 import { EpmoeError } from './errors.js'
+import { native } from './native.js'
 import type { Tensor } from './tensor.js'
 
 /**
@@ -17,6 +18,8 @@ export interface TorchBridge {
   attach(): void
   /** torch's current stream of a CUDA device, for a torch without an exchange table. */
   currentStream(deviceId: number): number
+  /** How many blocks torch has allocated on a CUDA device so far. */
+  allocations(deviceId: number): number
 }
 
 let bridge: TorchBridge | undefined
@@ -38,6 +41,11 @@ export function torchBridge(op: string): TorchBridge {
   }
   bridge.attach()
   return bridge
+}
+
+/** The bridge, when Python runs and its torch is known already. */
+export function attachedBridge(): TorchBridge | undefined {
+  return bridge !== undefined && native().python.hasExchange() ? bridge : undefined
 }
 
 /** Classes whose instances stand for a Python object, with a way to its address. */

@@ -1,5 +1,6 @@
-import { type Device, parseDevice } from './device.js'
+import type { Device } from './device.js'
 import { describeValue, EpmoeError } from './errors.js'
+import { attachedBridge } from './foreign.js'
 import { native } from './native.js'
 import { enterScope, leaveScope } from './scope.js'
 import { Stream } from './stream.js'
@@ -32,8 +33,8 @@ export class Graph implements Disposable {
    * used as before. Tensors may be made in `body`; they are memory like any other.
    *
    * torch's own work is captured too when `stream` is torch's current one (a side stream: CUDA does not capture the
-   * default one), but only in-place operations should be: torch would reuse what it allocates there. Where torch has to
-   * allocate, have torch.cuda.graph() capture; epmoe's ops can be captured by it.
+   * default one), as far as it allocates nothing: it would give the memory to others. Where torch has to allocate, have
+   * torch.cuda.graph() capture; epmoe's ops can be captured by it.
    */
   static capture(stream: Stream, body: () => void): Graph {
     if (!(stream instanceof Stream) || typeof body !== 'function') {
@@ -47,8 +48,7 @@ export class Graph implements Disposable {
         hint: 'The CPU has neither streams nor graphs: there, prepare() calls and run them again',
       })
     }
-    const { id } = parseDevice(stream.device, 'Graph.capture')
-    return new Graph(native().graph.capture(id, stream.address, body), stream)
+    return new Graph(native().graph.capture(stream.id, stream.address, refusingAllocations(stream, body)), stream)
   }
 
   /**
@@ -84,6 +84,26 @@ export class Graph implements Disposable {
 
   toString(): string {
     return `Graph(on ${this.device}${this.#number === 0 ? ', disposed' : ''})`
+  }
+}
+
+/** The body, for a stream that is torch's current one: what torch allocates there now it gives to others later. */
+function refusingAllocations(stream: Stream, body: () => unknown): () => unknown {
+  const torch = attachedBridge()
+  if (torch === undefined || native().stream.foreign(stream.id) !== stream.address) return body
+  return () => {
+    const before = torch.allocations(stream.id)
+    const result = body()
+    const count = torch.allocations(stream.id) - before
+    if (count === 0) return result
+    throw new EpmoeError({
+      code: 'ERR_CAPTURE',
+      op: 'Graph.capture',
+      argument: 'body',
+      expected: 'a body in which torch allocates nothing',
+      received: `${count} allocations, whose memory torch would give to others while the graph uses it`,
+      hint: 'Write into tensors made before (out=, in place), or have torch.cuda.graph() capture',
+    })
   }
 }
 

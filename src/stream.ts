@@ -1,11 +1,13 @@
 import { type Device, type DeviceLike, deviceName, dl, parseDevice } from './device.js'
 import { describeValue, EpmoeError } from './errors.js'
+import { torchBridge } from './foreign.js'
 import { native } from './native.js'
 import { enterScope, leaveScope } from './scope.js'
 
 /**
  * A CUDA stream. An op runs on the stream it is given; without one, on torch's current stream when one of its tensors
- * is torch's, otherwise on epmoe's own stream of the device.
+ * is torch's, otherwise on epmoe's own stream of the device. Work on a Tensor waits for earlier work on it, whichever
+ * stream that was on; where torch's own tensors are given to an op together with a stream, an Event orders it with torch.
  */
 export class Stream implements Disposable {
   readonly device: Device
@@ -36,7 +38,10 @@ export class Stream implements Disposable {
   /** torch's current stream of that device, as of now. Needs startPython(). */
   static torchCurrent(device: DeviceLike = 'cuda'): Stream {
     const id = cudaId(device, 'Stream.torchCurrent')
-    return new Stream(id, native().stream.foreign(id), false)
+    const bridge = torchBridge('Stream.torchCurrent')
+    native().stream.own(id) // a torch without CUDA would answer for a GPU that is not there
+    const address = native().python.hasExchange() ? native().stream.foreign(id) : bridge.currentStream(id)
+    return new Stream(id, address, false)
   }
 
   /** The cudaStream_t, to hand to other libraries. */

@@ -386,6 +386,25 @@ if (torchGpu !== undefined) {
     graph.dispose()
   })
 
+  test('torch may not allocate in what is captured on its stream', (t) => {
+    const x = evaluate('torch.ones(1000, device="cuda")')
+    using context = torch.get('cuda').method('stream', torch.get('cuda').method('Stream'))
+    context.method('__enter__').dispose()
+    try {
+      const stream = Stream.torchCurrent(device)
+      const error = t.throws(() => Graph.capture(stream, () => x.method('mul', 2).dispose()), {
+        instanceOf: EpmoeError,
+      })
+      t.is(error?.code, 'ERR_CAPTURE')
+      t.regex(error?.received ?? '', /^1 allocations/)
+      using graph = Graph.capture(stream, () => x.method('mul_', 2).dispose())
+      graph.replay()
+      t.is(valueOf('x.sum().item()', { x }), 2000)
+    } finally {
+      context.method('__exit__', null, null, null).dispose()
+    }
+  })
+
   test('work that torch captures cannot wait for a stream that is not captured, and says so', async (t) => {
     using busy = Stream.create(device)
     const { zeros, slow } = overtakable(device)

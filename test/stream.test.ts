@@ -12,8 +12,10 @@ test('the CPU has no streams, and says so', (t) => {
 
 test('a GPU that is not there is named', (t) => {
   const absent = `cuda:${devices().length + 5}` as const
-  const error = t.throws(() => Stream.create(absent), { instanceOf: EpmoeError })
-  t.true(['ERR_NO_CUDA', 'ERR_DEVICE'].includes(error?.code ?? ''), error?.message)
+  for (const make of [() => Stream.create(absent), () => Stream.own(absent), () => Stream.torchCurrent(absent)]) {
+    const error = t.throws(make, { instanceOf: EpmoeError })
+    t.true(['ERR_NO_CUDA', 'ERR_DEVICE'].includes(error?.code ?? ''), error?.message)
+  }
 })
 
 if (gpu !== undefined) {

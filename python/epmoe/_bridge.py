@@ -272,6 +272,12 @@ def _capsule_device(capsule):
     return device.device_type, device.device_id
 
 
+def _allocations(device_id):
+    import torch
+
+    return torch.cuda.memory_stats(device_id).get("allocation.all.allocated", 0)
+
+
 def _current_stream(device_id):
     import torch
 
@@ -345,6 +351,7 @@ _OPERATIONS = {
     "take": inbox.pop,
     "take_tensor": _torch_from_inbox,
     "current_stream": _current_stream,
+    "allocations": _allocations,
     "reload": _reload,
     "enter": lambda context: context.__enter__(),
     "exit_context": _exit_context,

@@ -28,6 +28,7 @@ export class Python {
       takeFromInbox: () => this.#runtime.run('take'),
       takeFromInboxAsTensor: () => this.#runtime.run('take_tensor'),
       currentStream: (deviceId) => this.#runtime.value('current_stream', deviceId) as number,
+      allocations: (deviceId) => this.#runtime.value('allocations', deviceId) as number,
     })
   }
 
