@@ -17,8 +17,7 @@ from epmoe import _call
 from epmoe._shim.control import events, recorder
 from epmoe._shim.forms import Call, Refused
 from epmoe._shim.helpers import Made
-from epmoe._shim.shadow import _overlaps, differing, failed, poisoned
-from epmoe.migrate import capsule as capsules
+from epmoe._shim.shadow import _overlaps, capsule_of, differing, failed, poisoned
 
 MAX_STAGES = 1024
 MAX_KEPT_BYTES = 1 << 30
@@ -133,17 +132,7 @@ class Stage:
         control.failed(events.add(control.name, "mismatch", what, **told), mismatches)
 
     def capsule(self, findings):
-        return capsules.Capsule(
-            kernel=self.control.name,
-            generation=self.generation,
-            op=self.op,
-            reason="mismatch",
-            scalars=self.scalars,
-            launch=self.told.told(),
-            environment=capsules.environment(self.device),
-            findings=findings,
-            tensors=self.kept,
-        )
+        return capsule_of(self, self.told, findings, self.kept)
 
 
 def _forget(size):

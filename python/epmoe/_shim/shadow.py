@@ -279,17 +279,23 @@ class Sample:
         control.failed(event)
 
     def capsule(self, findings):
-        return capsules.Capsule(
-            kernel=self.control.name,
-            generation=self.generation,
-            op=self.op,
-            reason="mismatch",
-            scalars=self.scalars,
-            launch=self.launch.told(),
-            environment=capsules.environment(self.device),
-            findings=findings,
-            tensors={"argument": self.inputs, "before": self.before, "triton": self.expected, "epmoe": self.actual},
-        )
+        tensors = {"argument": self.inputs, "before": self.before, "triton": self.expected, "epmoe": self.actual}
+        return capsule_of(self, self.launch, findings, tensors)
+
+
+def capsule_of(compared, launch, findings, tensors):
+    """The record of a launch that was compared, in a stream or in a graph, and differed."""
+    return capsules.Capsule(
+        kernel=compared.control.name,
+        generation=compared.generation,
+        op=compared.op,
+        reason="mismatch",
+        scalars=compared.scalars,
+        launch=launch.told(),
+        environment=capsules.environment(compared.device),
+        findings=findings,
+        tensors=tensors,
+    )
 
 
 def failed(control, error, launch=None):
