@@ -1,5 +1,5 @@
 import { spawnSync } from 'node:child_process'
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import test from 'ava'
@@ -71,6 +71,6 @@ test('every command line of the README that names a verb is one that exists', (t
 test('every path the README names is there', (t) => {
   for (const [, path] of readme.matchAll(/`((?:csrc|src|python|test)\/[\w./-]+)`/g)) {
     if (path?.includes('<')) continue
-    t.notThrows(() => readFileSync(join(root, path ?? '')), path)
+    t.true(existsSync(join(root, path ?? '')), path)
   }
 })
