@@ -17,6 +17,7 @@ __all__ = ["Clock", "call_of", "copy_rate", "measure"]
 
 _LEAST_REPLAY = 0.002  # seconds; starting and ending a replay takes some ten microseconds
 _MOST_CALLS = 2000
+_REST = 0.02  # seconds between samples on the CPU
 
 
 def call_of(op, name, arguments):
@@ -122,6 +123,9 @@ class Clock:
             return self._replay()
         if self.cuda:
             return self._stream()
+        # Threads of the implementation before may still wait busily for more work, on the cores that this one needs.
+        time.sleep(_REST)
+        self._once()
         return sum(self._once() for _ in range(self.repeats)) / self.repeats
 
     def samples(self, count):
