@@ -91,13 +91,14 @@ test('each tier rejects what it has to', (t) => {
   t.true(passes({ tier: 'golden' }, better))
 })
 
-test('compiled Triton in the dtype of the input is owed every bit, others a bound', (t) => {
+test('compiled Triton in the dtype of the input is owed every bit by kernels on a GPU, others a bound', (t) => {
   const bounds = { fp32: 0.5, triton: 5, reference: 9 }
-  const exact = { name: 'x', device: 'cpu', numerics: 'triton' } as const
+  const exact = { name: 'x', device: 'cuda:0', numerics: 'triton' } as const
   const plain = { ...exact, numerics: 'fp32' } as const
   const triton = { name: 'triton', problem: null, compiled: true, arithmetic: 'input-dtype' } as const
   t.is(requirementFor(exact, triton, bounds).tier, 'bit-exact')
   t.deepEqual(requirementFor(exact, { ...triton, compiled: false }, bounds), { tier: 'ulp', bound: 14 })
+  t.deepEqual(requirementFor({ ...exact, device: 'cpu' }, triton, bounds), { tier: 'ulp', bound: 14 })
   t.is(requirementFor(plain, triton, bounds).tier, 'golden')
   t.deepEqual(requirementFor(plain, { name: 'float64', problem: null }, bounds), { tier: 'ulp', bound: 0.5 })
 })

@@ -11,6 +11,8 @@ import tempfile
 import textwrap
 from pathlib import Path
 
+import epmoe._triton  # noqa: F401  mends the interpreter, which older Triton and newer numpy break
+
 HEADER = """
 import torch
 import triton
