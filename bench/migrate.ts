@@ -18,7 +18,7 @@ export default async function migrate(): Promise<void> {
   try {
     await transcript(folder)
     await faults(folder)
-    overhead(join(folder, 'overhead'))
+    overhead(join(folder, 'overhead'), Number(process.argv[3] ?? 60))
   } finally {
     rmSync(folder, { recursive: true, force: true })
   }
@@ -56,7 +56,12 @@ async function faults(folder: string): Promise<void> {
     ['nan', 'shadow'],
     ['coverage', 'epmoe'],
     ['disk', 'triton'],
-    ...(gpu ? [['threads', 'shadow']] : []),
+    ...(gpu
+      ? [
+          ['threads', 'shadow'],
+          ['graph', 'shadow'],
+        ]
+      : []),
   ] as [string, string][]) {
     const config = join(folder, `${fault}.json`)
     const settings = { '*': { rate: 1, trip_after: 3 } }
@@ -101,9 +106,9 @@ function tell({ served, wrong, seconds, mode, device, identical, events, warning
   console.log('')
 }
 
-function overhead(folder: string): void {
+function overhead(folder: string, seconds: number): void {
   const file = fileURLToPath(new URL('./migrate.py', import.meta.url))
   if (!gpu) process.env['TRITON_INTERPRET'] ??= '1'
-  const found = startPython().exec(readFileSync(file, 'utf8'), file).method('overhead', folder)
+  const found = startPython().exec(readFileSync(file, 'utf8'), file).method('overhead', folder, seconds)
   console.log(JSON.stringify(found.toJS(), null, 1))
 }

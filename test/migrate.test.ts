@@ -3,6 +3,7 @@ import { join } from 'node:path'
 import test from 'ava'
 import type { MigrationReport } from '../src/migrate/report.js'
 import type { ScanReport } from '../src/migrate/scan.js'
+import { gpu } from './helpers/devices.js'
 import { emptyFolder, epmoe, plainPython, pythonTests, serve } from './helpers/migration.js'
 
 const kernels = [
@@ -150,6 +151,13 @@ test('faults: each is caught and named, and what Triton made serves', async (t) 
   )
   t.deepEqual(capsules('disk'), [])
   t.is(threads.status, 0, threads.stderr)
+  // A graph replays what Python sees nothing of.
+  if (gpu !== undefined) {
+    const graph = await shadow({ fault: 'graph' })
+    t.like(graph, { wrong: 0, served: 30, mode: 'triton' })
+    t.regex(graph.events[0]!.what, /in 30 of 30 replays of a captured launch/)
+    t.is(capsules('graph').length, 1)
+  }
 
   // What was recorded of the fault is replayed: epmoe as it is today is right.
   const replayed = await epmoe(['replay', ...capsules('nan'), ...capsules('slot'), '--quiet'])

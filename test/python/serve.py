@@ -63,6 +63,17 @@ class Loop:
             self.wrong += wrong
             self.served += steps
 
+    def replay(self, steps):
+        """The first shape's step by way of a CUDA graph, which Python sees nothing of."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = self.one(0)
+        for _ in range(steps):
+            graph.replay()
+            pairs = zip(found, self.expected[0], strict=True)
+            self.wrong += not all(torch.equal(a, b) for which, (a, b) in enumerate(pairs) if which != 1)
+        self.served += steps
+
     def digest(self):
         found = hashlib.sha256()
         for at in range(len(self.given)):
@@ -87,7 +98,7 @@ def faults(name, folder):
             return result
 
         return mock.patch.object(generated, "preprocess", preprocess)
-    if name == "nan":
+    if name in ("nan", "graph"):
         real_sum = generated.post_reorder
 
         def post_reorder(**arguments):
@@ -142,7 +153,8 @@ def run(options):
             ]
             for thread in threads:
                 thread.start()
-            loop.serve(options["steps"])
+            serve = loop.replay if fault == "graph" else loop.serve
+            serve(options["steps"])
             for thread in threads:
                 thread.join()
             if fault == "coverage":  # a dtype that epmoe does not take

@@ -263,12 +263,14 @@ class Faults(Loop):
         """As on CUDA, where a launch does not wait for the device: at most so many are on their way."""
         self.start()
         ready, waits = threading.Event(), mock.MagicMock()
+        asked = mock.MagicMock(side_effect=ready.is_set)
         make = shadow.Comparison.__init__
 
         def later(comparison, *args):
             make(comparison, *args)
-            comparison.device = torch.device("cpu")
-            comparison.event = mock.MagicMock(query=ready.is_set, synchronize=waits)
+            flags = comparison.flags
+            comparison.fetched = mock.MagicMock(device=torch.device("cpu"), event=mock.MagicMock(query=asked))
+            comparison.fetched.flags = lambda: waits() and flags
 
         shimmed, call = self.stack.layer.post_reorder_triton_kernel, combine_call()
         with (
@@ -279,6 +281,10 @@ class Faults(Loop):
                 self.launch(shimmed, call)
                 self.assertEqual((self.stats()["pending"], self.stats()["compared"]), (step, 0))
             waits.assert_not_called()
+            asked.reset_mock()
+            with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):
+                self.launch(shimmed, call)
+            asked.assert_not_called()  # a graph's capture ends when an event is asked for
             self.launch(shimmed, call)
             self.assertEqual((self.stats()["pending"], waits.call_count), (shadow.MAX_PENDING + 1, 1))
             ready.set()

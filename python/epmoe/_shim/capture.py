@@ -4,12 +4,11 @@ What a graph replays no Python sees. So with Triton's launch, epmoe's and the co
 adds to counters that live outside the graph's memory, and ``poll`` reads them later. With a ring to record to, the
 arguments and results of the last replay that differed are kept on the device.
 
-The counters are made before any capture, for memory that is made during one belongs to the graph and is what it was at
-each replay's begin.
+The counters are made before any capture, and what is kept lies outside the graph's memory too: there, what the graph
+computes earlier may share its place, and each replay would write over what an earlier one kept.
 """
 
 import threading
-import weakref
 
 import torch
 
@@ -23,9 +22,11 @@ MAX_STAGES = 1024
 MAX_KEPT_BYTES = 1 << 30
 REPLAYS, MISMATCHES, ELEMENTS = range(3)
 
-_lock = threading.RLock()  # finalisers take it wherever memory is asked for
+_lock = threading.Lock()
 _counters = {}  # by device: int64 [MAX_STAGES, 3], and how many rows are taken
+_streams = {}  # by device: one that is never captured, so that memory made on it belongs to no graph
 _stages = []
+_kept = []  # for good: nobody tells when a graph that writes there is gone
 _kept_bytes = 0
 
 
@@ -34,6 +35,7 @@ def prepare(device):
     with _lock:
         if device not in _counters:
             _counters[device] = [torch.zeros(MAX_STAGES, 3, dtype=torch.int64, device=device), 0]
+            _streams[device] = torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def prepare_all():
@@ -104,10 +106,12 @@ class Stage:
             if _kept_bytes + size > MAX_KEPT_BYTES:
                 return
             _kept_bytes += size
-        weakref.finalize(self, _forget, size)
-        self.kept = {
-            part: {name: torch.empty_like(tensor) for name, tensor in named.items()} for part, named in parts.items()
-        }
+        with torch.cuda.stream(_streams[self.device]):
+            self.kept = {
+                part: {name: torch.empty_like(tensor) for name, tensor in named.items()}
+                for part, named in parts.items()
+            }
+        _kept.append(self.kept)
         for part, named in parts.items():
             for name, tensor in named.items():
                 kept = self.kept[part][name]
@@ -133,12 +137,6 @@ class Stage:
 
     def capsule(self, findings):
         return capsule_of(self, self.told, findings, self.kept)
-
-
-def _forget(size):
-    global _kept_bytes
-    with _lock:
-        _kept_bytes -= size
 
 
 def poll(wait=False):

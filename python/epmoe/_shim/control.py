@@ -14,7 +14,7 @@ from epmoe.errors import EpmoeError
 
 MODES = ("triton", "epmoe", "shadow", "off")
 ENVIRONMENT = "EPMOE_SHIM"
-MAX_EVENTS, MAX_REASONS, MAX_SHAPES, MAX_TIMED = 1000, 64, 4096, 256
+MAX_EVENTS, MAX_REASONS, MAX_SHAPES, MAX_TIMED, MAX_TIMES = 1000, 64, 4096, 256, 20
 SETTINGS = {
     "numerics": "triton",  # "fp32": float32 with one rounding
     "strict": False,
@@ -68,6 +68,10 @@ class Control:
         if not known:
             warnings.warn(f"epmoe.shim: {self.name} stays with Triton: {reason}", RuntimeWarning, stacklevel=2)
         return not known
+
+    def wants_times(self, shape):
+        held = self.timings.get(shape)
+        return len(self.timings) < MAX_TIMED if held is None else held[0] < MAX_TIMES
 
     def timed(self, shape, triton, epmoe):
         """Keeps the shortest times of a shape, in seconds: the first launches compile."""

@@ -137,7 +137,7 @@ class Shim:
                 self._not_compared(error)
         if sample is None:
             return self._triton(serve)
-        with shadow.Stopwatch(sample.device) as sample.triton:
+        with sample.timed() as sample.triton:
             result = self._triton(serve)
         with timed(control, "shadow"):
             control.count("sampled")

@@ -6,6 +6,7 @@ the device. On CUDA its result is fetched when it is there, at a later launch, s
 """
 
 import collections
+import contextlib
 import threading
 import time
 
@@ -22,6 +23,7 @@ _EXACT_IN_FLOAT32 = (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 pending = collections.deque()
+_unused = collections.deque(maxlen=64)
 _pending_lock = threading.Lock()
 
 
@@ -108,6 +110,36 @@ def _index(flat, shape):
     return tuple(reversed(found))
 
 
+class _Fetched:
+    """Flags on their way to the host. The pinned memory and the event are used again: making them takes longer."""
+
+    MOST_FLAGS = 8
+
+    def __init__(self):
+        self.host = torch.empty(self.MOST_FLAGS, dtype=torch.bool, pin_memory=True)
+        self.events = {}
+
+    @classmethod
+    def of(cls, flags):
+        try:
+            own = _unused.pop()
+        except IndexError:
+            own = cls()
+        own.device, own.count = flags[0].device, len(flags)
+        with torch.cuda.device(own.device):
+            own.event = own.events.get(own.device) or own.events.setdefault(own.device, torch.cuda.Event())
+            own.host[: own.count].copy_(torch.stack(flags), non_blocking=True)
+            own.event.record()
+        return own
+
+    def flags(self):
+        """Waits for them, and gives the memory back."""
+        self.event.synchronize()
+        found = self.host[: self.count].tolist()
+        _unused.append(self)
+        return found
+
+
 class Comparison:
     """Of named outputs, in two steps: whether a bit differs, which is on its way to the host at once; and, where one
     does, where and by how much. On CUDA ``expected`` has to be memory that serving does not write to."""
@@ -123,22 +155,19 @@ class Comparison:
             elif tensor.numel():
                 self.pairs[name] = tensor, other
                 flags.append((_bits(tensor) != _bits(other)).any())
-        self.flags, self.event = flags, None
+        self.flags, self.fetched = flags, None
         if flags and flags[0].is_cuda:
-            self.device = flags[0].device
-            self.flags = torch.empty(len(flags), dtype=torch.bool, pin_memory=True)
-            self.flags.copy_(torch.stack(flags), non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record(torch.cuda.current_stream(self.device))
+            self.fetched = _Fetched.of(flags)
 
     def is_there(self):
-        return self.event is None or self.event.query()
+        return self.fetched is None or self.fetched.event.query()
 
     def result(self):
         """What differs: an empty list when nothing does."""
-        if self.event is not None:
-            self.event.synchronize()
-            _call.check(self.device)  # an index out of range that epmoe's kernel met is an error of this comparison
+        if self.fetched is not None:
+            fetched, self.fetched = self.fetched, None
+            self.flags = fetched.flags()
+            _call.check(fetched.device)  # an index out of range that epmoe's kernel met is an error of this comparison
         for (name, (expected, actual)), differs in zip(self.pairs.items(), self.flags, strict=True):
             if not differs:
                 continue
@@ -157,7 +186,10 @@ class Comparison:
 
 
 class Stopwatch:
-    """Seconds that work took: on CUDA between events of its stream, read when they are there."""
+    """Seconds that work took: on CUDA between events of its stream, read when they are there. The GPU idles first, so
+    that a kernel is in its queue before it comes to it: of a short one, the launch would be timed otherwise."""
+
+    IDLE_CYCLES = 200_000  # 0.1 ms: several launches from Python
 
     def __init__(self, device):
         self.cuda = device.type == "cuda"
@@ -170,6 +202,8 @@ class Stopwatch:
         return event
 
     def __enter__(self):
+        if self.cuda:
+            torch.cuda._sleep(self.IDLE_CYCLES)
         self.begin = self._now()
         return self
 
@@ -209,6 +243,7 @@ class Sample:
         self.control, self.call = control, call
         self.op, self.scalars = call.op, call.scalars()
         self.shape = calls.label(call.op, call.tensors(), self.scalars)
+        self.times = control.wants_times(self.shape)
         self.triton = self.epmoe = None
         self.generation, self.launch = generation, launch
         if _overlaps(call):
@@ -226,12 +261,16 @@ class Sample:
             if name not in call.outputs
         }
 
+    def timed(self):
+        """Around a launch: a Stopwatch, or None where the shape's times are known."""
+        return Stopwatch(self.device) if self.times else contextlib.nullcontext()
+
     def finish(self, result):
         """After Triton's launch, whose ``result`` is what a helper returned: runs epmoe and compares."""
         call = self.call
         own = {name: poisoned(tensor) for name, tensor in call.written().items() if name in call.whole}
         own.update({name: tensor.clone() if self.keeps else tensor for name, tensor in self.before.items()})
-        with Stopwatch(self.device) as self.epmoe:
+        with self.timed() as self.epmoe:
             returned = call.run(own)
         if call.written():
             expected, actual = call.written(), own
@@ -245,7 +284,7 @@ class Sample:
         self.call = None  # what waits for a verdict must not keep serving's tensors alive
         if not self.keeps:
             self.expected = self.actual = self.inputs = self.before = {}
-        if self.comparison.event is None:
+        if self.comparison.fetched is None:
             self.conclude()
         else:
             self.control.count("pending")
@@ -306,8 +345,9 @@ def failed(control, error, launch=None):
 
 
 def poll(wait=False):
-    """Concludes the comparisons whose results are there; all of them with ``wait``."""
-    while pending:
+    """Concludes the comparisons whose results are there; all of them with ``wait``. Under graph capture nothing: to ask
+    for an event would end the capture."""
+    while pending and not capturing():
         with _pending_lock:
             if not pending or not (wait or len(pending) > MAX_PENDING or pending[0].comparison.is_there()):
                 return
