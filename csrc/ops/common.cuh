@@ -196,11 +196,18 @@ inline int threads_for(int64_t groups) {
 }
 
 // Waits for what the stream was given before this kernel, which may still be running: the first step of every kernel
-// that Kernel::launch() starts, before it touches global memory. Nothing triggers kernels early by hand: measured,
-// blocks that wait on an SM take more from the kernel before than their head start gives.
+// that Kernel::launch() starts, before it touches global memory.
 __device__ __forceinline__ void wait_for_earlier_work() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel's blocks come and wait, rather than when this kernel's have ended. For kernels of a few blocks:
+// of larger ones, blocks that wait on an SM take more than their head start gives.
+__device__ __forceinline__ void let_the_next_come() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 

@@ -6,65 +6,19 @@
 
 #include <algorithm>
 
-#include "ops/common.cuh"
-#include "ops/expert_order.h"
+#include "ops/expert_order_few.cuh"
 
 namespace epmoe::expert_order {
 namespace {
 
-constexpr int kThreads = 1024;
-constexpr int kWarps = kThreads / 32;
 constexpr int kMaxRuns = 16;           // of a block, a warp each: more would take longer to add up than they save
-constexpr int kRunSlots = 128;         // what a run has at least, as long as there are fewer than that
-constexpr int kBlockSlots = 2048;      // what one block does before more pay for their synchronisation
-constexpr int kClusterBlocks = 8;      // that Hopper lets read each other's shared memory
+constexpr int kRunSlots = 64;          // what a run has at least, as long as there are fewer than that
+constexpr int kBlockSlots = 1024;      // what one block does before more pay for their synchronisation
 constexpr int kClusterSlots = 65536;   // what they do before more blocks pay for a slower synchronisation
 constexpr int kGridBlockSlots = 4096;  // a block's share when there are many
 constexpr int kMostKept = 8192;        // slots of a block that shared memory keeps
 constexpr int kMaxRanks = 1 << 20;     // beside a bucket in one word
-constexpr unsigned kWarp = 0xffffffffu;
-
-struct Arguments {
-  const void *topk_ids;
-  void *src2dst;
-  int64_t *seg_indptr;
-  void *reorder_topk_ids;
-  int32_t *masked_m;
-  const int32_t *reserved;
-  int32_t *expert_start_loc;
-  int32_t *m_indices;
-  cuda::StatusWord *status;
-  int32_t *scratch;  // [blocks][buckets]: memory of src2dst, which is written last
-  int64_t row_count, m_max;
-  int32_t slots, topk, experts;
-  int32_t runs;           // warps of a block that count
-  int32_t slots_per_run;  // a multiple of 32
-  int32_t op_index, ids_param, limit_param;
-  bool ids_int64, src2dst_int64, drop_negatives;
-};
-
-__device__ __forceinline__ void store_index(void *data, bool is_int64, int64_t i, int64_t value) {
-  if (is_int64)
-    static_cast<long long *>(data)[i] = value;
-  else
-    static_cast<int *>(data)[i] = static_cast<int>(value);
-}
-
-__device__ __forceinline__ gpu::RawIndex load_id(const Arguments &a, int slot, int end) {
-  return gpu::load_raw(slot < end ? a.topk_ids : nullptr, a.ids_int64, slot);
-}
-
-// 0 for -1 and for what is out of range, e + 1 for expert e; -1 past the end.
-template <bool kReport>
-__device__ __forceinline__ int bucket_of(const Arguments &a, gpu::RawIndex raw, int slot, int end) {
-  if (slot >= end) return -1;
-  const int64_t id = gpu::index_of(raw, a.ids_int64);
-  if (id >= 0 && id < a.experts) return static_cast<int>(id) + 1;
-  if (kReport && id != -1) {
-    gpu::report_index(a.status, a.op_index, a.ids_param, slot / a.topk, slot % a.topk, id, -1, a.experts);
-  }
-  return 0;
-}
+constexpr int kScattered = 512;        // slots of a block whose ids are stored one by one, not a segment at a time
 
 // What blocks that count together wait by.
 enum Together { kAlone, kCluster, kGrid };
@@ -80,26 +34,15 @@ struct Shared {
 };
 constexpr int kTables = 5;
 
-// Inclusive running sum over the warp.
-template <typename Sum>
-__device__ __forceinline__ Sum warp_scan(Sum sum) {
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const Sum other = __shfl_up_sync(kWarp, sum, step);
-    if (static_cast<int>(threadIdx.x % 32) >= step) sum += other;
-  }
-  return sum;
-}
-
 // Exclusive running sum of n values by the whole block; no sum is told as more than `most`.
 template <typename Sum, typename Value>
 __device__ __forceinline__ void exclusive_scan(int n, int32_t *out, int64_t most, const Value &value) {
-  __shared__ Sum total_of[kWarps];
+  __shared__ Sum total_of[kMostThreads / 32];
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   Sum carry = 0;
 #pragma unroll 1
-  for (int first = 0; first < n; first += kThreads) {
+  for (int first = 0; first < n; first += threads()) {
     const int i = first + threadIdx.x;
     const Sum own = i < n ? value(i) : 0;
     const Sum sum = warp_scan(own);
@@ -109,7 +52,7 @@ __device__ __forceinline__ void exclusive_scan(int n, int32_t *out, int64_t most
     const Sum earlier = __shfl_sync(kWarp, totals, warp == 0 ? 0 : warp - 1);
     const Sum begin = carry + (warp == 0 ? 0 : earlier) + sum - own;
     if (i < n) out[i] = static_cast<int32_t>(min(most, static_cast<int64_t>(begin)));
-    carry += __shfl_sync(kWarp, totals, 31);
+    carry += __shfl_sync(kWarp, totals, warps() - 1);
     __syncthreads();
   }
 }
@@ -147,7 +90,7 @@ __device__ void fill_m_indices(const Arguments &a, const Shared &s, int first_wa
 __device__ void write_tables(const Arguments &a, const Shared &s) {
   const int32_t dropped = a.drop_negatives ? s.count[0] : 0;
   if (threadIdx.x == 0 && a.seg_indptr != nullptr) a.seg_indptr[0] = 0;
-  for (int e = threadIdx.x; e < a.experts; e += kThreads) {
+  for (int e = threadIdx.x; e < a.experts; e += threads()) {
     const int32_t count = s.count[e + 1];
     if (a.seg_indptr != nullptr) a.seg_indptr[e + 1] = s.before[e + 1] + count - dropped;
     if (a.masked_m != nullptr) a.masked_m[e] = a.m_max > 0 && count > a.m_max ? static_cast<int32_t>(a.m_max) : count;
@@ -196,11 +139,12 @@ __device__ __forceinline__ void place(const Arguments &a, const Shared &s, int s
     row = -1;
   }
   store_index(a.src2dst, a.src2dst_int64, slot, row);
+  if (a.scatters_ids) store_index(a.reorder_topk_ids, a.ids_int64, first_of(a, s, bucket) + position, bucket - 1);
 }
 
 // The sums of earlier runs, instead of the runs' own; block_count receives the block's.
 __device__ __forceinline__ void sum_runs(const Arguments &a, const Shared &s, int buckets) {
-  for (int b = threadIdx.x; b < buckets; b += kThreads) {
+  for (int b = threadIdx.x; b < buckets; b += threads()) {
     int32_t counts[kMaxRuns];
 #pragma unroll
     for (int run = 0; run < kMaxRuns; ++run) counts[run] = run < a.runs ? s.table[run * buckets + b] : 0;
@@ -234,7 +178,7 @@ __device__ __forceinline__ void keep_buckets(const Arguments &a, int32_t *kept, 
 // What earlier blocks and all blocks counted. count_of(block, bucket) is what a block counted.
 template <typename CountOf>
 __device__ __forceinline__ void sum_blocks(const Shared &s, int buckets, int blocks, const CountOf &count_of) {
-  for (int b = threadIdx.x; b < buckets; b += kThreads) {
+  for (int b = threadIdx.x; b < buckets; b += threads()) {
     int32_t sum = 0;
     int32_t earlier = 0;
 #pragma unroll 8
@@ -251,7 +195,7 @@ __device__ __forceinline__ void sum_blocks(const Shared &s, int buckets, int blo
 // one block at work, code that runs once takes longer to fetch than to execute. Blocks beyond `counting` fill m_indices
 // alone.
 template <bool kKeep, Together kTogether>
-__global__ void __launch_bounds__(kThreads, 1) kernel(const Arguments a, int counting) {
+__global__ void __launch_bounds__(kMostThreads, 1) kernel(const Arguments a, int counting) {
   extern __shared__ __align__(16) int32_t memory[];
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -266,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const Arguments a, int cou
   s.reserved_before = s.earlier + buckets;
   s.kept = s.reserved_before + buckets;
 #pragma unroll 1
-  for (int i = threadIdx.x; 2 * i < a.runs * buckets; i += kThreads) {
+  for (int i = threadIdx.x; 2 * i < a.runs * buckets; i += threads()) {
     reinterpret_cast<int4 *>(memory)[i] = make_int4(0, 0, 0, 0);  // reaches into count at most, which comes later
   }
   if (kTogether != kGrid) gpu::wait_for_earlier_work();
@@ -283,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const Arguments a, int cou
   }
   __syncthreads();
   if (static_cast<int>(blockIdx.x) >= counting) {
-    fill_m_indices(a, s, (blockIdx.x - counting) * kWarps + warp, (gridDim.x - counting) * kWarps);
+    fill_m_indices(a, s, (blockIdx.x - counting) * warps() + warp, (gridDim.x - counting) * warps());
     return;
   }
 
@@ -304,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const Arguments a, int cou
   };
   if constexpr (kTogether == kGrid) {
     auto grid = cooperative_groups::this_grid();
-    for (int b = threadIdx.x; b < buckets; b += kThreads) a.scratch[blockIdx.x * buckets + b] = s.block_count[b];
+    for (int b = threadIdx.x; b < buckets; b += threads()) a.scratch[blockIdx.x * buckets + b] = s.block_count[b];
     grid.sync();
     sum_blocks(s, buckets, counting, [&](int block, int b) { return __ldcg(a.scratch + block * buckets + b); });
     auto read = grid.barrier_arrive();  // src2dst is written once every block has read its counts there
@@ -327,10 +271,10 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const Arguments a, int cou
 
   if (blockIdx.x == 0) write_tables(a, s);
   if (kTogether != kAlone && a.m_indices != nullptr) {
-    fill_m_indices(a, s, blockIdx.x * kWarps + warp, gridDim.x * kWarps);
+    fill_m_indices(a, s, blockIdx.x * warps() + warp, gridDim.x * warps());
   }
-  if (a.reorder_topk_ids != nullptr) {
-    fill_reorder_topk_ids(a, s, blockIdx.x * kThreads + threadIdx.x, counting * kThreads);
+  if (a.reorder_topk_ids != nullptr && !a.scatters_ids) {
+    fill_reorder_topk_ids(a, s, blockIdx.x * threads() + threadIdx.x, counting * threads());
   }
 #pragma unroll 1
   for (int first = begin; first < end; first += 32) {
@@ -351,8 +295,6 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const Arguments a, int cou
   if constexpr (kTogether == kCluster) cooperative_groups::this_cluster().barrier_wait();
 #endif
 }
-
-int32_t divide_up(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1) / b); }
 
 }  // namespace
 
@@ -389,35 +331,42 @@ void run_cuda(const Problem &p) {
   };
   const int fitting =
       std::min<int>(kMaxRuns, (gpu::kMostShared / 4 - kMostKept - 32 * kMaxRuns - kTables * buckets) / (2 * buckets));
+  // No more threads than have something to do: every one costs its share of each instruction.
+  int threads = kMostThreads;
   const auto divide_among = [&](int64_t blocks) {
     a.runs = std::clamp(divide_up(p.slots, blocks * kRunSlots), 1, fitting);
     a.slots_per_run = divide_up(divide_up(p.slots, blocks * a.runs), 32) * 32;
+    a.scatters_ids = a.reorder_topk_ids != nullptr && p.slots <= blocks * kScattered;
+    threads = std::min(kMostThreads, 32 * std::max(a.runs, divide_up(buckets, 32)));
   };
-  const auto threads = dim3(kThreads);
   const bool clusters = cuda::facts(device).cc_major >= 9;
+  if (run_few(p, a, clusters)) return;
   if (p.slots <= (clusters ? kBlockSlots : kMostKept)) {
     divide_among(1);
-    const int filling = p.m_indices == nullptr ? 0 : divide_up(p.experts, kWarps);
-    gpu::kernel_of<&kernel<true, kAlone>>().launch(*p.call, dim3(1 + static_cast<unsigned>(filling)), threads,
+    const int filling = p.m_indices == nullptr ? 0 : divide_up(p.experts, threads / 32);
+    gpu::kernel_of<&kernel<true, kAlone>>().launch(*p.call, dim3(1 + static_cast<unsigned>(filling)), dim3(threads),
                                                    shared_bytes(true), a, 1);
     return;
   }
   if (clusters && p.slots <= kClusterSlots) {
     divide_among(kClusterBlocks);
-    gpu::kernel_of<&kernel<true, kCluster>>().launch_cluster(*p.call, kClusterBlocks, threads, shared_bytes(true), a,
-                                                             kClusterBlocks);
+    gpu::kernel_of<&kernel<true, kCluster>>().launch_cluster(*p.call, kClusterBlocks, dim3(threads), shared_bytes(true),
+                                                             a, kClusterBlocks);
     return;
   }
   // Each block's counts must fit into the part of src2dst that its slots have, hence no fewer slots than buckets.
   const int64_t wanted = divide_up(p.slots, std::max(kGridBlockSlots, buckets));
   const auto launch = [&](gpu::Kernel &kernel, bool keeps) {
     divide_among(wanted);
+    threads = kMostThreads;
     const int64_t resident =
-        int64_t{kernel.resident_blocks(device, kThreads, shared_bytes(keeps))} * cuda::facts(device).sm_count;
+        int64_t{kernel.resident_blocks(device, threads, shared_bytes(keeps))} * cuda::facts(device).sm_count;
     if (keeps && resident < wanted) return false;  // a block's share would exceed what it keeps
     const auto blocks = static_cast<int>(std::min(wanted, resident));
     divide_among(blocks);
-    kernel.launch_cooperative(*p.call, dim3(static_cast<unsigned>(blocks)), threads, shared_bytes(keeps), a, blocks);
+    threads = kMostThreads;
+    kernel.launch_cooperative(*p.call, dim3(static_cast<unsigned>(blocks)), dim3(threads), shared_bytes(keeps), a,
+                              blocks);
     return true;
   };
   if (!launch(gpu::kernel_of<&kernel<true, kGrid>>(), true)) launch(gpu::kernel_of<&kernel<false, kGrid>>(), false);
