@@ -28,12 +28,12 @@ def drain():
         torch.cuda.synchronize()
 
 
-def bare_launch(path, calls, rounds):
+def bare_launch(path, calls, rounds, early):
     library = ctypes.CDLL(path)
     library.bare_launch.restype = ctypes.c_double
-    library.bare_launch.argtypes = [ctypes.c_void_p, ctypes.c_int]
+    library.bare_launch.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
     stream = torch.cuda.current_stream().cuda_stream
-    return statistics.median([library.bare_launch(stream, calls) for _ in range(rounds + 3)][3:])
+    return statistics.median([library.bare_launch(stream, calls, early) for _ in range(rounds + 3)][3:])
 
 
 def python_calls(made, calls, rounds):

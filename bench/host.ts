@@ -35,11 +35,14 @@ export default function host(): void {
 
   const rows: [string, number][] = []
   const bare = gpu === undefined ? undefined : bareLaunch()
-  if (bare !== undefined)
-    rows.push([
-      'bare launch of an empty kernel, C++',
-      bench.method('bare_launch', bare, calls, rounds).toJS() as number,
-    ])
+  if (bare !== undefined) {
+    for (const [label, early] of [
+      ['bare launch of an empty kernel, C++', 0],
+      ['the same, allowed to start early, C++', 1],
+    ] as const) {
+      rows.push([label, bench.method('bare_launch', bare, calls, rounds, early).toJS() as number])
+    }
+  }
   const idle = {
     ...asTensors,
     output: t1.view([0, 512]),
