@@ -118,29 +118,69 @@ __device__ __forceinline__ Slot resolve_steps(const Arguments &a, uint32_t step)
   return resolve_slot<T>(a, static_cast<uint32_t>(token), k);
 }
 
-// Adds the rows of a step, whose first slot lane `base` holds; `locals` has a bit a slot. A skipped slot is a branch,
-// never a product with 0: its row is memory that nobody has written. The warp's lanes go the same way, so that sparse
-// slots (most experts remote) cost what is there.
-template <bool kAllLocal, int kSlots, CachePolicy kPolicy, typename T, int N, Numerics kNumerics>
-__device__ __forceinline__ void add_slots(Accumulator<T, N, kNumerics> &sum, const T *rows, Slot mine, uint32_t base,
-                                          unsigned locals, bool inside, const Arguments &a) {
-  Vector<T, N> data[kSlots];
-  unsigned left = locals;
-#pragma unroll
-  for (int i = 0; i < kSlots; ++i) {
-    if (!kAllLocal && left == 0) break;
-    const int k = kAllLocal ? i : __ffs(static_cast<int>(left)) - 1;
-    left &= left - 1;
-    const uint32_t row = __shfl_sync(0xffffffffu, mine.row, base + k);
-    if (inside) data[i] = gpu::load<kPolicy, T, N>(rows + static_cast<uint64_t>(row) * a.hidden);
+// What a warp has under way: the sum of one token's column group, and which token that is.
+template <typename T, int N, Numerics kNumerics, CachePolicy kPolicy>
+struct Sum {
+  const Arguments &a;
+  const uint32_t column;
+  const bool inside;
+  uint64_t token;
+  Accumulator<T, N, kNumerics> sum = {};
+
+  __device__ Vector<T, N> load(uint32_t row) const {
+    Vector<T, N> data;
+    if (inside) data = gpu::load<kPolicy, T, N>(static_cast<const T *>(a.rows) + column + uint64_t{row} * a.hidden);
+    return data;
   }
-  left = locals;
+  __device__ void finish() {
+    if (inside) {
+      const uint64_t at = token * a.hidden + column;
+      const T *shared = a.shared_output == nullptr ? nullptr : static_cast<const T *>(a.shared_output) + at;
+      const T *residual = a.residual == nullptr ? nullptr : static_cast<const T *>(a.residual) + at;
+      gpu::store<kPolicy, T, N>(static_cast<T *>(a.output) + at, sum.result(a.factor, shared, residual));
+    }
+    sum = {};
+    token += gridDim.y;
+  }
+};
+
+// Adds the rows of a step whose slots are all local, the first of which lane `base` holds.
+template <int kSlots, typename Sum>
+__device__ __forceinline__ void add_all(Sum &sum, Slot mine, uint32_t base) {
+  decltype(sum.load(0)) data[kSlots];
 #pragma unroll
-  for (int i = 0; i < kSlots; ++i) {
-    if (!kAllLocal && left == 0) break;
-    const int k = kAllLocal ? i : __ffs(static_cast<int>(left)) - 1;
-    left &= left - 1;
-    sum.add(data[i], __shfl_sync(0xffffffffu, mine.weight, base + k), a.factor);
+  for (int k = 0; k < kSlots; ++k) data[k] = sum.load(__shfl_sync(0xffffffffu, mine.row, base + k));
+#pragma unroll
+  for (int k = 0; k < kSlots; ++k) {
+    sum.sum.add(data[k], __shfl_sync(0xffffffffu, mine.weight, base + k), sum.a.factor);
+  }
+}
+
+// Adds the rows of the lanes in `locals`, of several steps: where most experts are remote a token has few rows, and
+// those of the tokens behind it have to be under way with them. A skipped slot is a branch, never a product with 0: its
+// row is memory that nobody has written. `step` is the step of lane 0.
+template <int kSlots, typename Sum>
+__device__ __forceinline__ void add_some(Sum &sum, Slot mine, unsigned locals, uint32_t step, uint32_t steps_each) {
+  constexpr int kTogether = kSlots == 8 ? 8 : 4;
+  while (locals != 0) {
+    decltype(sum.load(0)) data[kTogether];
+    unsigned left = locals;
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      if (left == 0) break;
+      data[i] = sum.load(__shfl_sync(0xffffffffu, mine.row, __ffs(static_cast<int>(left)) - 1));
+      left &= left - 1;
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      if (locals == 0) break;
+      const uint32_t lane = __ffs(static_cast<int>(locals)) - 1;
+      locals &= locals - 1;
+      const uint32_t its = step + lane / kSlots;
+      const uint64_t token = blockIdx.y + static_cast<uint64_t>(steps_each == 1 ? its : its / steps_each) * gridDim.y;
+      while (sum.token != token) sum.finish();
+      sum.sum.add(data[i], __shfl_sync(0xffffffffu, mine.weight, lane), sum.a.factor);
+    }
   }
 }
 
@@ -149,30 +189,27 @@ template <typename T, int N, int kSlots, Numerics kNumerics, CachePolicy kPolicy
 __global__ void __launch_bounds__(gpu::kMaxThreads, kMinBlocks) kernel(const Arguments a) {
   gpu::wait_for_earlier_work();
   constexpr uint32_t kSteps = 32 / kSlots;
+  const uint32_t steps_each = (a.topk + kSlots - 1) / kSlots;
   const uint32_t column = (blockIdx.x * blockDim.x + threadIdx.x) * N;
-  const bool inside = column < a.hidden;
-  const T *rows = static_cast<const T *>(a.rows) + column;
-  Slot mine{kNoRow, 0.0f};
-  uint32_t step = 0;
-  for (uint64_t token = blockIdx.y; token < a.tokens; token += gridDim.y) {
-    Accumulator<T, N, kNumerics> sum;
+  Sum<T, N, kNumerics, kPolicy> sum{a, column, column < a.hidden, blockIdx.y};
+  const uint32_t steps = ((a.tokens - 1 - blockIdx.y) / gridDim.y + 1) * steps_each;
+  for (uint32_t step = 0; step < steps; step += kSteps) {
+    const Slot mine = resolve_steps<T, kSlots>(a, step);
+    const unsigned locals = __ballot_sync(0xffffffffu, mine.row != kNoRow);
+    const uint32_t here = min(kSteps, steps - step);
+    // Usually every slot is local: then nothing is branched on, and all loads are in flight before the first fma.
+    if (steps_each == 1 && locals == 0xffffffffu >> (32 - here * kSlots)) {
 #pragma unroll 1
-    for (uint32_t first = 0; first < a.topk; first += kSlots, ++step) {
-      if (step % kSteps == 0) mine = resolve_steps<T, kSlots>(a, step);
-      // Usually every slot is local: then nothing is branched on, and all loads are in flight before the first fma.
-      const uint32_t base = step % kSteps * kSlots;
-      const unsigned locals = __ballot_sync(0xffffffffu, mine.row != kNoRow) >> base & kAllSlots<kSlots>;
-      if (locals == kAllSlots<kSlots>)
-        add_slots<true, kSlots, kPolicy>(sum, rows, mine, base, locals, inside, a);
-      else
-        add_slots<false, kSlots, kPolicy>(sum, rows, mine, base, locals, inside, a);
+      for (uint32_t i = 0; i < here; ++i) {
+        add_all<kSlots>(sum, mine, i * kSlots);
+        sum.finish();
+      }
+    } else {
+      add_some<kSlots>(sum, mine, locals, step, steps_each);
     }
-    if (inside) {
-      const uint64_t at = token * a.hidden + column;
-      const T *shared = a.shared_output == nullptr ? nullptr : static_cast<const T *>(a.shared_output) + at;
-      const T *residual = a.residual == nullptr ? nullptr : static_cast<const T *>(a.residual) + at;
-      gpu::store<kPolicy, T, N>(static_cast<T *>(a.output) + at, sum.result(a.factor, shared, residual));
-    }
+    // Tokens that end here without a local slot behind them.
+    const uint64_t next = blockIdx.y + static_cast<uint64_t>((step + here) / steps_each) * gridDim.y;
+    while (sum.token < next) sum.finish();
   }
 }
 
