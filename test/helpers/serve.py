@@ -45,6 +45,18 @@ class Faults:
         self.handle.remove()
 
 
+def without(engine, text):
+    """Makes the tokenizer fail on requests that have this text in them."""
+    encode = engine.encode
+
+    def failing(request):
+        if text in request:
+            raise ArithmeticError(f"{text} on purpose")
+        return encode(request)
+
+    engine.encode = failing
+
+
 class Logits:
     """Keeps the logits of every pass."""
 
