@@ -159,7 +159,7 @@ async function soak(server: Server, log: MemoryLog, requests: number, seconds: n
   const client = async () => {
     while (done < requests && performance.now() - begin < seconds * 1000) {
       const number = done++
-      if (number % 500 === 0) server.model.mode = kernelModes[(number / 500) % kernelModes.length]!
+      if (number % 100 === 0) server.model.mode = kernelModes[(number / 100) % kernelModes.length]!
       if (performance.now() - sampled > 1000) {
         sampled = performance.now()
         samples.push({ done, ...memoryOf(log.device) })
