@@ -11,6 +11,14 @@ export interface Setting {
   bytes: number
 }
 
+export type Backend = 'gloo' | 'nccl'
+
+/** On the CPU a layer small enough for two cores; on GPUs Qwen3-30B-A3B's. */
+export const settings: Record<Backend, Setting> = {
+  gloo: { tokens: 512, topk: 4, hidden: 1024, half: 512, experts: 32, bytes: 2 },
+  nccl: { tokens: 4096, topk: 8, hidden: 2048, half: 768, experts: 128, bytes: 2 },
+}
+
 /** Milliseconds. */
 export interface Measured {
   scheme: string
@@ -26,6 +34,8 @@ export interface Measured {
   latency: number
   /** Of the least certain of these but the last, as a share of it. */
   spread: number
+  /** Of samples, whose medians the spread is that of. */
+  blocks: number
 }
 
 /** Nothing is computed from times less certain than this: errors grow with the number of ranks. */
@@ -65,7 +75,7 @@ export function extrapolate(setting: Setting, found: Measured[], sizes: number[]
       const communication = (two.latency * steps) / measuredSteps + bytesOf(setting, scheme, ranks) * perByte
       const experts = fixed + shared / ranks
       const times = [experts, communication, rest + experts + communication, rest + Math.max(experts, communication)]
-      rows.push([scheme, String(ranks), ...times.map((ms) => ms.toFixed(2))])
+      rows.push([scheme, String(ranks), ...times.map((ms) => ms.toFixed(2)), of(ranks)?.layer.toFixed(2) ?? ''])
     }
   }
   return rows

@@ -1,44 +1,89 @@
-// npm run bench -- serve [seconds]: served tokens a second with the original's blocks and with epmoe's, A B A B in one run.
-// npm run bench -- serve soak [requests]: whether memory stays flat over so many requests in changing modes.
-import { devices, startPython, stats } from 'epmoe'
+// npm run bench -- serve [seconds]: served tokens a second with the original's blocks and with epmoe's, A B A B in one run,
+// the time in the experts, and memory.
+// npm run bench -- serve soak [requests] [--seconds N]: whether memory stays flat over so many requests in changing modes,
+// and whether each has an outcome.
+// Options of both: --device cpu | cuda:0 (default: the first GPU), --size small | large (default: large on a GPU, small for
+// soak), --layers N of a large model (default 4).
+import { parseArgs } from 'node:util'
+import { type Device, devices, stats } from 'epmoe'
 import { type KernelMode, kernelModes, type ServeOptions, type Server, serve } from '../src/serve/index.js'
+import { type Memory, memoryOf, peakFromNow } from './memory.js'
 
-const gpu = devices().find((device) => device !== 'cpu')
-
-/** On a GPU, blocks of the shape of Qwen3-30B-A3B, an eighth of its layers; else the small model. */
-const options: ServeOptions =
-  gpu === undefined
-    ? { slots: 8, context: 512 }
-    : {
-        slots: 32,
-        context: 1024,
-        batchTokens: 2048,
-        dtype: 'bfloat16',
-        config: {
-          hidden_size: 2048,
-          intermediate_size: 6144,
-          moe_intermediate_size: 768,
-          num_experts: 128,
-          num_experts_per_tok: 8,
-          num_hidden_layers: 6,
-          num_attention_heads: 32,
-          num_key_value_heads: 4,
-          head_dim: 128,
-        },
-      }
+/** Blocks of the shape of Qwen3-30B-A3B, 1.2 GB each. */
+const large = (layers: number): ServeOptions => ({
+  slots: 32,
+  context: 1024,
+  batchTokens: 2048,
+  config: {
+    hidden_size: 2048,
+    intermediate_size: 6144,
+    moe_intermediate_size: 768,
+    num_experts: 128,
+    num_experts_per_tok: 8,
+    num_hidden_layers: layers,
+    num_attention_heads: 32,
+    num_key_value_heads: 4,
+    head_dim: 128,
+  },
+})
+const small: ServeOptions = { slots: 8, context: 512 }
 
 export default async function bench(): Promise<void> {
-  const [first, second] = process.argv.slice(3)
-  const server = await serve({ port: 0, queue: 1000, ...(first === 'soak' ? { slots: 8, context: 512 } : options) })
-  const { architecture, parameters, dtype, device, layers } = server.model.facts
-  console.log(
-    `${architecture}, ${(parameters / 1e6).toFixed(1)} M parameters, ${layers} MoE blocks, ${dtype} on ${device}`,
-  )
+  const { values, positionals } = parseArgs({
+    args: process.argv.slice(3),
+    allowPositionals: true,
+    options: {
+      device: { type: 'string', default: devices()[1] ?? 'cpu' },
+      size: { type: 'string' },
+      layers: { type: 'string', default: '4' },
+      seconds: { type: 'string' },
+    },
+  })
+  const soaking = positionals[0] === 'soak'
+  const device = values.device as Device
+  const size = values.size ?? (device === 'cpu' || soaking ? 'small' : 'large')
+  const dtype = device === 'cpu' ? 'float32' : 'bfloat16'
+  const before = memoryOf(device)
+  const options = size === 'large' ? large(Number(values.layers)) : small
+  const server = await serve({ port: 0, queue: 1000, device, dtype, ...options })
+  const { architecture, parameters, layers } = server.model.facts
+  console.log(`${architecture}, ${(parameters / 1e6).toFixed(1)} M parameters, ${layers} blocks, ${dtype} on ${device}`)
   try {
-    if (first === 'soak') await soak(server, Number(second ?? 10_000))
-    else await compare(server, Number(first ?? 40))
+    const [first, second] = positionals
+    const log = new MemoryLog(device, before)
+    if (soaking) await soak(server, log, Number(second ?? 10_000), Number(values.seconds ?? Number.POSITIVE_INFINITY))
+    else await compare(server, log, Number(first ?? values.seconds ?? 40), size === 'large' ? [128, 64] : [32, 32])
   } finally {
     await server.close()
+  }
+}
+
+/** Memory at moments that have a name. */
+class MemoryLog {
+  readonly #lines: [string, Memory][]
+
+  constructor(
+    readonly device: Device,
+    before: Memory,
+  ) {
+    this.#lines = [['before the model', before]]
+    this.add('with the model')
+  }
+
+  add(moment: string): Memory {
+    const now = memoryOf(this.device)
+    this.#lines.push([moment, now])
+    return now
+  }
+
+  print(): void {
+    const gpu = this.device === 'cpu' ? [] : (['allocated', 'reserved', 'peak'] as const)
+    const keys = ['rss', ...gpu] as const
+    const names = { rss: 'RSS, MB', allocated: 'CUDA allocated', reserved: 'reserved', peak: 'most allocated' }
+    console.log(`| memory | ${keys.map((key) => names[key]).join(' | ')} |\n|---${'|---'.repeat(keys.length)}|`)
+    for (const [moment, memory] of this.#lines) {
+      console.log(`| ${moment} | ${keys.map((key) => memory[key].toFixed(1)).join(' | ')} |`)
+    }
   }
 }
 
@@ -49,25 +94,30 @@ interface Round {
   share: number
 }
 
-async function compare(server: Server, seconds: number): Promise<void> {
-  const [prompt, tokens] = [gpu === undefined ? 32 : 128, gpu === undefined ? 32 : 64]
+/** Within so many seconds, the warm-up included. */
+async function compare(server: Server, log: MemoryLog, seconds: number, [prompt, tokens]: number[]): Promise<void> {
+  const end = performance.now() + seconds * 1000
   const modes: KernelMode[] = ['original', 'epmoe']
   const load = () =>
-    Promise.all(Array.from({ length: server.model.slots * 2 }, (_, i) => request(server, i, prompt, tokens)))
+    Promise.all(Array.from({ length: server.model.slots * 2 }, (_, i) => request(server, i, prompt!, tokens!)))
   for (const mode of modes) {
     server.model.mode = mode
+    peakFromNow(log.device)
     await load()
+    log.add(`after the first round, ${mode}`)
   }
   const health = new Health(server)
   const rounds: Round[] = []
-  const end = performance.now() + seconds * 1000
-  while (performance.now() < end || rounds.length < 4) {
+  for (let pair = 0; performance.now() + pair < end || rounds.length < 4; ) {
+    const begin = performance.now()
     for (const mode of modes) {
       server.model.mode = mode
       rounds.push(await measured(server, mode, load))
     }
+    pair = performance.now() - begin
   }
   await health.end()
+  log.add(`after ${rounds.length} more rounds`)
   console.log(`prompts of ${prompt} tokens, ${tokens} to write, ${server.model.slots} slots, twice as many clients`)
   console.log('| blocks | tokens/s | spread | ms a pass | time in the experts |\n|---|---|---|---|---|')
   for (const mode of modes) {
@@ -80,7 +130,11 @@ async function compare(server: Server, seconds: number): Promise<void> {
       `| ${mode} | ${rate[1].toFixed(1)} | ±${spread.toFixed(1)} % of ${own.length} | ${pass[1].toFixed(2)} | ${(100 * share[1]).toFixed(1)} % |`,
     )
   }
+  const pairs = Array.from({ length: rounds.length / 2 }, (_, i) => [rounds[2 * i]!, rounds[2 * i + 1]!] as const)
+  const ratio = quartiles(pairs.map(([original, epmoe]) => epmoe.tokensPerSecond / original.tokensPerSecond))
+  console.log(`epmoe over original, by pairs: ${ratio.map((each) => each.toFixed(3)).join(', ')} (quartiles)`)
   console.log(`/healthz meanwhile: ${health.text()}`)
+  log.print()
 }
 
 async function measured(server: Server, mode: KernelMode, load: () => Promise<unknown>): Promise<Round> {
@@ -98,18 +152,17 @@ async function measured(server: Server, mode: KernelMode, load: () => Promise<un
   }
 }
 
-async function soak(server: Server, requests: number): Promise<void> {
-  const samples: { done: number; rss: number; cuda: number }[] = []
-  const torch = startPython().import('torch')
-  let [done, left] = [0, 0]
+async function soak(server: Server, log: MemoryLog, requests: number, seconds: number): Promise<void> {
+  const samples: (Memory & { done: number })[] = []
+  let [done, left, sampled] = [0, 0, 0]
   const begin = performance.now()
   const client = async () => {
-    while (done < requests) {
+    while (done < requests && performance.now() - begin < seconds * 1000) {
       const number = done++
-      if (number % 500 === 0) {
-        server.model.mode = kernelModes[(number / 500) % kernelModes.length]!
-        const cuda = gpu === undefined ? 0 : Number(torch.get('cuda').method('memory_allocated').toJS())
-        samples.push({ done: number, rss: process.memoryUsage.rss() / 1e6, cuda: cuda / 1e6 })
+      if (number % 100 === 0) server.model.mode = kernelModes[(number / 100) % kernelModes.length]!
+      if (performance.now() - sampled > 1000) {
+        sampled = performance.now()
+        samples.push({ done, ...memoryOf(log.device) })
         process.stderr.write(`\r${number} requests, RSS ${samples.at(-1)?.rss.toFixed(0)} MB `)
       }
       // One in ten clients goes away while it is served.
@@ -118,18 +171,34 @@ async function soak(server: Server, requests: number): Promise<void> {
     }
   }
   await Promise.all(Array.from({ length: 16 }, client))
+  const { batcher, metrics } = server
+  // Who left the batch is counted when the pass ends.
+  while (batcher.running + batcher.waiting > 0) await new Promise((resolve) => setTimeout(resolve, 5))
   process.stderr.write('\n')
+  const { requests: outcomes, received, passes, shadow } = metrics.totals
+  const sum = Object.values(outcomes).reduce((total, each) => total + each, 0)
+  const time = ((performance.now() - begin) / 1000).toFixed(0)
+  console.log(`${done} requests in ${time} s, ${left} clients left early, ${done - received} before theirs had come`)
+  console.log(`${received} came, ${sum} outcomes: ${JSON.stringify(outcomes)}`)
+  console.log(`${passes} passes, shadow ${JSON.stringify(shadow)}`)
+  log.add(`after ${done} requests`)
+  log.print()
   const warm = samples.slice(Math.floor(samples.length / 4))
-  const [a, z] = [warm[0]!, warm.at(-1)!]
-  const { requests: outcomes, passes, shadow } = server.metrics.totals
-  console.log(
-    `${requests} requests in ${((performance.now() - begin) / 1000).toFixed(0)} s, ${left} clients left early`,
-  )
-  console.log(`outcomes ${JSON.stringify(outcomes)}, ${passes} passes, shadow ${JSON.stringify(shadow)}`)
-  console.log(`RSS ${a.rss.toFixed(0)} MB after ${a.done}, ${z.rss.toFixed(0)} MB after ${z.done}`)
-  if (gpu !== undefined)
-    console.log(`CUDA ${a.cuda.toFixed(1)} MB after ${a.done}, ${z.cuda.toFixed(1)} MB after ${z.done}`)
+  for (const key of log.device === 'cpu' ? (['rss'] as const) : (['rss', 'allocated', 'reserved'] as const)) {
+    const slope = slopeOf(warm.map((each) => [each.done, each[key]]))
+    const ends = [warm[0]!, warm.at(-1)!].map((each) => `${each[key].toFixed(1)} MB after ${each.done}`).join(', ')
+    console.log(`${key}: ${ends}; ${(1000 * slope).toFixed(2)} MB in 1,000 requests`)
+  }
   console.log(`live at the end: ${JSON.stringify(stats())}`)
+  if (sum !== received) process.exitCode = 1
+}
+
+/** Of the line of least squares. */
+function slopeOf(points: [x: number, y: number][]): number {
+  const mean = (of: (point: [number, number]) => number) =>
+    points.reduce((sum, each) => sum + of(each), 0) / points.length
+  const [x, y] = [mean(([each]) => each), mean(([, each]) => each)]
+  return mean((each) => (each[0] - x) * (each[1] - y)) / mean(([each]) => (each - x) ** 2)
 }
 
 async function request(

@@ -1,6 +1,10 @@
+import { subscribe, unsubscribe } from 'node:diagnostics_channel'
+import type { IncomingMessage } from 'node:http'
 import { connect } from 'node:net'
+import { setTimeout as sleep } from 'node:timers/promises'
 import anyTest, { type ExecutionContext, type TestFn } from 'ava'
 import { PythonError, stats } from 'epmoe'
+import { Random } from '../src/parity/random.js'
 import { kernelModes } from '../src/serve/model.js'
 import type { Server } from '../src/serve/server.js'
 import { type Completion, complete, helpers, metric, post, start, until, whyNot } from './helpers/serve.js'
@@ -98,7 +102,7 @@ test('more clients than slots, some of whom leave, while modes change: nothing i
   const server = await served(t, { slots: 4, queue: 200, batchTokens: 24 })
   const expected = await expectations(server, 12)
   const before = server.metrics.totals.passes
-  const outcome = { ...server.metrics.totals.requests }
+  const outcome: Record<string, number> = { ...server.metrics.totals.requests }
   const flips = setInterval(() => {
     server.model.mode = kernelModes[(kernelModes.indexOf(server.model.mode) + 1) % 3]!
   }, 20)
@@ -113,7 +117,8 @@ test('more clients than slots, some of whom leave, while modes change: nothing i
   await Promise.all(clients)
   clearInterval(flips)
   await until(() => server.batcher.running + server.batcher.waiting === 0)
-  const { requests, passes, shadow } = server.metrics.totals
+  const { passes, shadow } = server.metrics.totals
+  const requests: Record<string, number> = server.metrics.totals.requests
   const since = (key: string) => (requests[key] ?? 0) - (outcome[key] ?? 0)
   t.is(since('stop') + since('length') + since('cancelled'), 48)
   t.true(since('cancelled') > 0, 'nobody left in time')
@@ -121,6 +126,92 @@ test('more clients than slots, some of whom leave, while modes change: nothing i
   t.is(shadow.worse, 0)
   t.is(server.errors.length, 0)
   t.true(passes - before < 48 * tokens * 0.75, 'requests did not share forward passes')
+})
+
+/** Sends a request in parts, and goes away when `leave` resolves, whatever has come by then. */
+async function visit(server: Server, parts: string[], leave: Promise<'end' | 'reset'> | undefined): Promise<void> {
+  const { hostname, port } = new URL(server.url)
+  const socket = connect(Number(port), hostname)
+  const gone = new Promise((resolve) => socket.once('close', resolve).on('error', () => undefined))
+  socket.resume()
+  for (const part of parts) {
+    socket.write(part)
+    await new Promise(setImmediate)
+  }
+  const how = await leave
+  if (how === 'end') socket.destroy()
+  if (how === 'reset') socket.resetAndDestroy()
+  await gone
+}
+
+/** How many requests Node's HTTP server has read for this server's completions, whatever the server makes of them. */
+function arrivals(t: ExecutionContext, server: Server): () => number {
+  const { host } = new URL(server.url)
+  let count = 0
+  const see = (message: unknown) => {
+    const { url, headers } = (message as { request: IncomingMessage }).request
+    if (url?.endsWith('/completions') && headers.host === host) count++
+  }
+  subscribe('http.server.request.start', see)
+  t.teardown(() => unsubscribe('http.server.request.start', see))
+  return () => count
+}
+
+const sumOf = (outcomes: Record<string, number>) => Object.values(outcomes).reduce((sum, each) => sum + each, 0)
+
+test('whoever leaves, and when: each request that has come has one outcome', async (t) => {
+  const server = await served(t, { slots: 2, queue: 12 })
+  helpers().method('without', server.model.engine, 'unspeakable').dispose()
+  const arrived = arrivals(t, server)
+  const random = new Random(7)
+  const { host } = new URL(server.url)
+  const clients = Array.from({ length: 400 }, async (_, i) => {
+    const prompt = `${'many words '.repeat(1 + random.below(20))}${i % 10 === 9 ? 'unspeakable' : ''}`
+    const [path, asked] =
+      i % 2 === 0
+        ? ['completions', { prompt }]
+        : ['chat/completions', { messages: [{ role: 'user', content: prompt }] }]
+    const wrong = i % 10 === 3 ? { temperature: -1 } : i % 10 === 7 ? { max_tokens: 1e6 } : {}
+    const body = JSON.stringify({ model: server.name, max_tokens: 8, stream: i % 3 === 0, ...asked, ...wrong })
+    const length = `content-type: application/json\r\ncontent-length: ${Buffer.byteLength(body)}`
+    const head = `POST /v1/${path} HTTP/1.1\r\nhost: ${host}\r\nconnection: close\r\n${length}\r\n\r\n`
+    const half = random.below(body.length)
+    const all = [head, body.slice(0, half), body.slice(half)]
+    const how = random.below(2) === 0 ? 'end' : 'reset'
+    const [begin, end] = [random.below(4000), i % 5 === 1 ? 0 : random.below(60)]
+    const parts = i % 5 === 0 ? all : [[head], all.slice(0, 2), all, [all.join('')]][random.below(4)]!
+    await sleep(begin)
+    await visit(server, parts, i % 5 === 0 ? undefined : sleep(end, how))
+  })
+  await Promise.all(clients)
+  await until(() => server.batcher.running + server.batcher.waiting === 0)
+  const { requests, received } = server.metrics.totals
+  t.log(`${arrived()} of 400 came: ${JSON.stringify(requests)}`)
+  t.is(sumOf(requests), arrived())
+  t.is(received, arrived())
+  t.is(await metric(server, 'epmoe_requests_received_total'), arrived())
+  for (const outcome of ['length', 'cancelled', 'error', 'refused_invalid'] as const) t.true(requests[outcome]! > 0)
+})
+
+test('what leaves no generation behind is counted too', async (t) => {
+  const server = await served(t)
+  helpers().method('without', server.model.engine, 'unspeakable').dispose()
+  const arrived = arrivals(t, server)
+  const { host } = new URL(server.url)
+  const head = `POST /v1/completions HTTP/1.1\r\nhost: ${host}\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n`
+  await visit(server, [head], sleep(100, 'end'))
+  await visit(server, [head, '{"model": '], sleep(100, 'reset'))
+  t.is((await post(server, '/v1/completions', { model: server.name, prompt: 'unspeakable' })).status, 500)
+  await post(server, '/v1/nothing', {})
+  const gate = shutGate(t, server)
+  const inside = complete(server, [5], { max_tokens: 1 })
+  await until(() => server.batcher.running === 1)
+  const closed = server.close()
+  t.is((await post(server, '/v1/completions', { model: server.name, prompt: [5] })).status, 503)
+  gate.method('open').dispose()
+  await Promise.all([inside, closed])
+  t.deepEqual(server.metrics.totals.requests, { cancelled: 2, error: 1, refused_draining: 1, length: 1 })
+  t.is(arrived(), 5)
 })
 
 test('beyond the queue requests are told when to come back', async (t) => {

@@ -2,12 +2,14 @@ import { mkdtempSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import anyTest, { type ExecutionContext, type TestFn } from 'ava'
+import type { PyRef } from 'epmoe'
 import fc from 'fast-check'
 import OpenAI from 'openai'
 import type { KernelMode } from '../src/serve/model.js'
 import type { Server } from '../src/serve/server.js'
 import { StopFilter } from '../src/serve/stop.js'
-import { python } from './helpers/python.js'
+import { allowedError, allowedOverSamples, reference } from './helpers/golden.js'
+import { python, valueOf } from './helpers/python.js'
 import { complete, helpers, metric, post, start, until, whyNot } from './helpers/serve.js'
 
 const reason = whyNot()
@@ -22,6 +24,24 @@ async function served(t: ExecutionContext, options: Parameters<typeof start>[0] 
   const server = await start(options)
   t.teardown(() => server.close())
   return server
+}
+
+/** One whose grouped GEMM is off by so little that only a comparison tells. */
+async function spoiltServer(t: ExecutionContext, options: Parameters<typeof start>[0]) {
+  const module = python.import('epmoe.moe')
+  const sound = module.get('grouped_gemm')
+  module.set('grouped_gemm', helpers().method('spoilt', sound))
+  return await served(t, options).finally(() => module.set('grouped_gemm', sound))
+}
+
+function promptsOfTokens(count: number): number[][] {
+  return Array.from({ length: count }, (_, i) =>
+    Array.from({ length: 5 + (i % 40) }, (_, k) => (i * 37 + k * 11) % 256),
+  )
+}
+
+function errorOf(logits: PyRef, exact: PyRef): number {
+  return reference.method('error', logits, exact).toJS() as number
 }
 
 function clientOf(server: Server): OpenAI {
@@ -127,20 +147,55 @@ for (const model of models) {
   })
 
   test(`${model}: logits within the golden tier`, async (t) => {
-    const server = await served(t, { model })
-    const logits = helpers().method('Logits', server.model.engine)
-    const many = Array.from({ length: 40 }, (_, i) => Array.from({ length: 5 + i }, (_, k) => (i * 37 + k * 11) % 256))
-    const exact = logits.method('exact', many)
-    const errorIn = async (mode: KernelMode) => {
-      server.model.mode = mode
+    const many = promptsOfTokens(40)
+    const errorIn = async (options: Parameters<typeof start>[0], starting = served) => {
+      const server = await starting(t, { model, slots: 1, ...options })
+      const logits = helpers().method('Logits', server.model.engine)
       for (const prompt of many) await complete(server, prompt, { max_tokens: 1 })
-      return helpers().method('error', logits.method('take'), exact).toJS() as number
+      const error = errorOf(logits.method('take').item(0), logits.method('exact', many))
+      return { error, elements: many.length * server.model.facts.vocabulary }
     }
-    const original = await errorIn('original')
-    const epmoe = await errorIn('epmoe')
-    const elements = 40 * server.model.facts.vocabulary
-    t.true(original > 1e-9 && original < 1e-4, `${original}`)
-    t.true(epmoe <= original * (1 + 3 / Math.sqrt(elements)), `${epmoe} against ${original}`)
+    const { error: original, elements } = await errorIn({ mode: 'original' })
+    const { error: epmoe } = await errorIn({ mode: 'epmoe' })
+    const { error: spoilt } = await errorIn({ mode: 'epmoe' }, spoiltServer)
+    // The model as it is, with matrix products of other shapes.
+    const fewer = [
+      await errorIn({ mode: 'original', batchTokens: 1 }),
+      await errorIn({ mode: 'original', batchTokens: 8 }),
+    ]
+    const others = fewer.map(({ error }) => error)
+    const allowed = allowedError(original, others, elements)
+    t.log(`epmoe ${epmoe}, original ${original}; with fewer tokens at once ${others.join(', ')}`)
+    t.true(original > 1e-9 && Math.max(original, ...others) < 1e-4)
+    t.true(epmoe <= allowed, `${epmoe} of ${allowed}`)
+    t.true(spoilt > allowed, `${spoilt} of ${allowed}`)
+  })
+
+  // Where a router's choice is close, bfloat16 may choose other experts than float64, and the logits are others. So float64
+  // is given each run's choice: what is left is the rounding on the way, which the blocks have their part in.
+  test(`${model} in bfloat16: logits within the golden tier, and a spoilt layer is told`, async (t) => {
+    const many = promptsOfTokens(80)
+    const measured = async (server: Server, mode: KernelMode) => {
+      server.model.mode = mode
+      const logits = helpers().method('Logits', server.model.engine)
+      for (const prompt of many) await complete(server, prompt, { max_tokens: 1 })
+      const taken = logits.method('take')
+      logits.method('remove').dispose()
+      const exact = logits.method('exact', many, taken.item(1))
+      return valueOf('((x - e).norm(dim=1) / e.norm(dim=1)).tolist()', { x: taken.item(0), e: exact }) as number[]
+    }
+    const server = await served(t, { model, dtype: 'bfloat16' })
+    const original = await measured(server, 'original')
+    const epmoe = await measured(server, 'epmoe')
+    const spoilt = await measured(await spoiltServer(t, { model, dtype: 'bfloat16' }), 'epmoe')
+    const share = (errors: number[]) => Math.hypot(...errors) / allowedOverSamples(original, errors)
+    const [own, theirs, off] = [epmoe, original, spoilt].map((errors) => Math.hypot(...errors) / Math.sqrt(many.length))
+    t.log(
+      `epmoe ${own}, original ${theirs}, off by 2^-7 ${off}; ${share(epmoe)} and ${share(spoilt)} of what is allowed`,
+    )
+    t.true(theirs! > 1e-3 && theirs! < 2e-2)
+    t.true(share(epmoe) <= 1)
+    t.true(share(spoilt) > 1)
   })
 
   test(`${model} in bfloat16: blocks in shadow are within the golden tier`, async (t) => {
@@ -151,7 +206,7 @@ for (const model of models) {
     t.is(worse, 0)
     t.is(identical + close, totals.passes * server.model.facts.layers)
     t.true(elements > 10_000 && errorRatio > 0.5)
-    t.true(errorRatio <= 1 + 3 / Math.sqrt(elements), `${errorRatio} in ${elements} elements`)
+    t.true(errorRatio <= allowedError(1, [], elements), `${errorRatio} in ${elements} elements`)
     t.is(await metric(server, 'epmoe_shadow_blocks_total{result="close"}'), close)
     t.is(await metric(server, 'epmoe_shadow_error_ratio'), errorRatio)
   })
@@ -160,11 +215,7 @@ for (const model of models) {
 test('shadow tells a spoilt epmoe, and serves the original', async (t) => {
   const server = await served(t, { mode: 'original' })
   const expected = await complete(server, 'Hello', { max_tokens: 8 })
-  const module = python.import('epmoe.moe')
-  const sound = module.get('grouped_gemm')
-  module.set('grouped_gemm', helpers().method('spoilt', sound))
-  const other = await start({ mode: 'shadow' }).finally(() => module.set('grouped_gemm', sound))
-  t.teardown(() => other.close())
+  const other = await spoiltServer(t, { mode: 'shadow' })
   t.is((await complete(other, 'Hello', { max_tokens: 8 })).choices[0]?.text, expected.choices[0]?.text)
   const { identical, close, worse } = other.metrics.totals.shadow
   t.is(identical + close, 0)
@@ -244,6 +295,7 @@ anyTest('a stop filter lets through what comes before the first stop string, how
           : first.slice(0, Math.min(...stops.filter((s) => first.includes(s)).map((s) => first.indexOf(s))))
       return hit === (first !== undefined) && out === expected
     }),
+    { examples: [[['cabc'], ['a', 'cabc']]] },
   )
   t.pass()
 })
@@ -290,7 +342,8 @@ test('what is not supported is refused by name', async (t) => {
   t.is((await post(server, '/v1/completions', { model: server.name, prompt: 'a'.repeat(6000) })).status, 413)
   t.is((await post(server, '/v1/completions', { model: server.name, prompt: 'a'.repeat(4000) })).status, 400)
   t.is((await fetch(`${server.url}/nowhere`)).status, 404)
-  t.is(server.metrics.totals.requests['refused_invalid'], refused.length + 5)
+  // There is no outcome of what is no request for a completion.
+  t.is(server.metrics.totals.requests['refused_invalid'], refused.length + 4)
 })
 
 test('health and metrics answer while a forward pass is under way', async (t) => {

@@ -40,7 +40,7 @@ export function passes({ tier, bound = 0 }: Requirement, metrics: Metrics): bool
  * Two error norms over n elements are estimates, each uncertain by about 1/sqrt(2n): on a handful of elements the better
  * arithmetic may come out a little worse by chance. The allowance vanishes as n grows (1.0006 at 29 million elements).
  */
-function samplingSlack(count: number): number {
+export function samplingSlack(count: number): number {
   return 1 + 3 / Math.sqrt(Math.max(1, count))
 }
 

@@ -1,5 +1,5 @@
 import type { Batcher } from './batcher.js'
-import type { Metrics } from './metrics.js'
+import type { Metrics, RequestOutcome } from './metrics.js'
 import type { ServedModel } from './model.js'
 
 const interval = 1000
@@ -48,7 +48,7 @@ export class Live {
   #text(rate: number): string {
     const { batcher, model } = this
     const { requests, completionTokens, seconds, expertSeconds, shadow } = this.metrics.totals
-    const sum = (...outcomes: string[]) => outcomes.reduce((total, each) => total + (requests[each] ?? 0), 0)
+    const sum = (...outcomes: RequestOutcome[]) => outcomes.reduce((total, each) => total + (requests[each] ?? 0), 0)
     return JSON.stringify({
       model: `${this.name} (${model.facts.architecture}, ${model.facts.dtype} on ${model.facts.device})`,
       state: batcher.draining ? 'shutting down' : batcher.failures > 0 ? 'failing' : 'serving',

@@ -1,8 +1,11 @@
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from 'prom-client'
-import type { Generation } from './generation.js'
+import type { Generation, Outcome } from './generation.js'
 import { type KernelMode, kernelModes, type PassResult, type PassRow, type ShadowCounts } from './model.js'
 
 const seconds = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60]
+
+/** What becomes of a request for completions. */
+export type RequestOutcome = Outcome | 'refused_full' | 'refused_draining' | 'refused_invalid'
 
 /** What /metrics tells, and where the page's figures come from. */
 export class Metrics {
@@ -12,6 +15,11 @@ export class Metrics {
     name: 'epmoe_requests_total',
     help: 'Requests for completions by what became of them',
     labelNames: ['outcome'] as const,
+    registers: this.#registers,
+  })
+  readonly #received = new Counter({
+    name: 'epmoe_requests_received_total',
+    help: 'Requests for completions that have come',
     registers: this.#registers,
   })
   readonly #tokens = new Counter({
@@ -67,7 +75,8 @@ export class Metrics {
   })
   /** The same numbers for the page, without a detour by text. */
   readonly totals = {
-    requests: {} as Record<string, number>,
+    received: 0,
+    requests: {} as Partial<Record<RequestOutcome, number>>,
     promptTokens: 0,
     completionTokens: 0,
     passes: 0,
@@ -143,12 +152,14 @@ export class Metrics {
     if (generation.firstAt !== undefined) this.#first.observe((generation.firstAt - generation.begun) / 1000)
   }
 
-  /** Counts a request that was turned away. */
-  refused(reason: 'full' | 'draining' | 'invalid'): void {
-    this.count(`refused_${reason}`)
+  /** A request has come. */
+  received(): void {
+    this.totals.received++
+    this.#received.inc()
   }
 
-  private count(outcome: string): void {
+  /** What became of one. */
+  count(outcome: RequestOutcome): void {
     this.totals.requests[outcome] = (this.totals.requests[outcome] ?? 0) + 1
     this.#requests.inc({ outcome })
   }

@@ -2,12 +2,13 @@ import type { AddressInfo } from 'node:net'
 import { basename } from 'node:path'
 import { PassThrough, Readable } from 'node:stream'
 import { setTimeout } from 'node:timers/promises'
-import fastify, { type FastifyInstance, type FastifyReply } from 'fastify'
+import fastify, { type FastifyInstance, type FastifyReply, type FastifyRequest } from 'fastify'
 import { chatForm, event, type Form, textForm } from './answers.js'
-import { Batcher, type BatcherOptions } from './batcher.js'
+import { Arrivals } from './arrivals.js'
+import { Batcher, type BatcherOptions, Refusal } from './batcher.js'
 import type { Generation, Piece, TokenLogprob } from './generation.js'
 import { Live } from './live.js'
-import { Metrics } from './metrics.js'
+import { Metrics, type RequestOutcome } from './metrics.js'
 import { kernelMode, kernelModes, type ModelOptions, ServedModel } from './model.js'
 import { page, pagePolicy } from './page.js'
 import { ApiError, problemOf } from './problems.js'
@@ -53,6 +54,7 @@ export class Server {
   readonly name: string
   readonly #app: FastifyInstance
   readonly #live: Live
+  readonly #arrivals: Arrivals
   readonly #options: ServeOptions
   readonly #watchers = new Set<PassThrough>()
   readonly #answering = new Set<object>()
@@ -68,6 +70,7 @@ export class Server {
       waiting: this.batcher.waiting,
       mode: model.mode,
     }))
+    this.#arrivals = new Arrivals(this.metrics)
     this.batcher = new Batcher(model, this.metrics, options)
     this.#live = new Live(this.name, model, this.batcher, this.metrics)
     this.#app = fastify({
@@ -161,12 +164,18 @@ export class Server {
       this.#checkName(request.params.id)
       return this.#described()
     })
-    app.post<{ Body: CompletionBody }>('/v1/completions', { schema: { body: completionSchema } }, ({ body }, reply) => {
+    const onRequest = (_: FastifyRequest, { raw }: FastifyReply, done: () => void) => {
+      this.#arrivals.add(raw)
+      done()
+    }
+    const text = { onRequest, schema: { body: completionSchema } }
+    app.post<{ Body: CompletionBody }>('/v1/completions', text, ({ body }, reply) => {
       const input = () => completionInput(body, this.model.facts)
       const form = textForm(this.name, typeof body.logprobs === 'number')
       return this.#complete(body, input, body.max_tokens ?? defaultTextTokens, form, reply)
     })
-    app.post<{ Body: ChatBody }>('/v1/chat/completions', { schema: { body: chatSchema } }, ({ body }, reply) => {
+    const chat = { onRequest, schema: { body: chatSchema } }
+    app.post<{ Body: ChatBody }>('/v1/chat/completions', chat, ({ body }, reply) => {
       const input = () => chatInput(body, this.model.facts)
       const asked = body.max_completion_tokens ?? body.max_tokens ?? undefined
       return this.#complete(body, input, asked, chatForm(this.name, body.logprobs === true), reply)
@@ -181,10 +190,7 @@ export class Server {
     reply: FastifyReply,
   ): Promise<unknown> {
     this.#checkName(body.model)
-    const left = new AbortController()
-    // Of a connection that ends after the answer nobody takes notice any more.
-    reply.raw.once('close', () => left.abort())
-    const generation = await this.#start(body, input(), asked, left.signal)
+    const generation = await this.#start(body, input(), asked, reply)
     if (body.stream !== true) return this.#whole(generation, form)
     const pieces = generation[Symbol.asyncIterator]()
     // An error before the first token still gets a status of its own.
@@ -197,7 +203,7 @@ export class Server {
     body: CompletionBody | ChatBody,
     input: Input,
     asked: number | undefined,
-    left: AbortSignal,
+    { raw }: FastifyReply,
   ): Promise<Generation> {
     const { facts } = this.model
     const place = this.batcher.reserve()
@@ -205,9 +211,11 @@ export class Server {
       const prompt = 'tokens' in input ? input.tokens : await this.model.encode(input)
       const limit = this.#options.tokenLimit ?? facts.context
       const maxTokens = maxTokensOf(asked, prompt, facts.context, limit)
+      if (raw.destroyed) throw new ApiError(400, 'the client has left')
       const generation = place.start(prompt, { ...wishOf(body), maxTokens })
-      if (left.aborted) generation.cancel()
-      else left.addEventListener('abort', () => generation.cancel())
+      this.#arrivals.generating(raw)
+      // When the connection ends after the answer, nobody takes notice any more.
+      raw.once('close', () => generation.cancel())
       return generation
     } finally {
       place.release()
@@ -280,9 +288,8 @@ export class Server {
 
   #refuse(reply: FastifyReply, error: unknown): FastifyReply {
     const { status, headers, body } = problemOf(error)
-    if (status === 429) this.metrics.refused('full')
-    else if (status < 500) this.metrics.refused('invalid')
-    else this.#report(error)
+    this.#arrivals.settle(reply.raw, outcomeOf(status, error))
+    this.#report(error)
     return reply.status(status).headers(headers).send(body)
   }
 
@@ -291,6 +298,11 @@ export class Server {
     if (this.#options.onError !== undefined) this.#options.onError(error)
     else console.error(error)
   }
+}
+
+function outcomeOf(status: number, error: unknown): RequestOutcome {
+  if (error instanceof Refusal) return `refused_${error.reason}`
+  return status < 500 ? 'refused_invalid' : 'error'
 }
 
 /** Loads a model and serves it over HTTP, with OpenAI's completions. */

@@ -17,11 +17,13 @@ export class StopFilter {
   push(text: string): string {
     if (this.#hit) return ''
     const all = this.#held + text
-    const places = this.#stops.map((stop) => all.indexOf(stop)).filter((place) => place >= 0)
-    if (places.length > 0) {
+    const ends = this.#stops.filter((stop) => all.includes(stop)).map((stop) => all.indexOf(stop) + stop.length)
+    if (ends.length > 0) {
       this.#hit = true
       this.#held = ''
-      return all.slice(0, Math.min(...places))
+      // What would have decided had the text come letter by letter: the one that ends first, and who ends there too.
+      const read = all.slice(0, Math.min(...ends))
+      return read.slice(0, Math.min(...this.#stops.map((stop) => read.indexOf(stop)).filter((place) => place >= 0)))
     }
     const kept = Math.max(0, ...this.#stops.map((stop) => overlap(all, stop)))
     this.#held = all.slice(all.length - kept)

@@ -45,31 +45,65 @@ class Faults:
         self.handle.remove()
 
 
+def without(engine, text):
+    """Makes the tokenizer fail on requests that have this text in them."""
+    encode = engine.encode
+
+    def failing(request):
+        if text in request:
+            raise ArithmeticError(f"{text} on purpose")
+        return encode(request)
+
+    engine.encode = failing
+
+
 class Logits:
-    """Keeps the logits of every pass."""
+    """Keeps the logits of every pass, and the experts that its routers chose."""
 
     def __init__(self, engine):
-        self.engine, self.kept = engine, []
-        self.handle = engine.model.register_forward_hook(lambda _m, _a, out: self.kept.append(out.logits[0].double()))
+        self.engine, self.kept, self.chosen = engine, [], []
+        keep = engine.model.register_forward_hook(lambda _m, _a, out: self.kept.append(out.logits[0].double()))
+        choices = lambda _m, _a, out: self.chosen.append(out[2])
+        self.handles = [keep, *(router.register_forward_hook(choices) for router in _routers(engine.model))]
 
     def take(self):
-        kept, self.kept = torch.cat(self.kept), []
-        return kept
+        """The logits, and each pass's choices by layer."""
+        layers = len(_routers(self.engine.model))
+        kept, chosen = torch.cat(self.kept), [self.chosen[i : i + layers] for i in range(0, len(self.chosen), layers)]
+        self.kept, self.chosen = [], []
+        return kept, chosen
 
-    def exact(self, prompts):
-        """The last logits of each prompt by the model in float64, with transformers' own attention and experts."""
+    def remove(self):
+        for handle in self.handles:
+            handle.remove()
+
+    def exact(self, prompts, chosen=None):
+        """The last logits of each prompt by the model in float64, with transformers' own attention and experts.
+
+        With ``chosen``, a list by layer for each prompt, the routers' choice is this one.
+        """
         model = copy.copy(self.engine.model)
         double = type(model)(copy.deepcopy(model.config)).double()
         double.load_state_dict(model.state_dict())
         double.config._attn_implementation = "eager"
         double.config._experts_implementation = "eager"
         double.to(model.device).eval()
+        left = iter([] if chosen is None else [ids for each in chosen for ids in each])
+        if chosen is not None:
+            for router in _routers(double):
+                router.register_forward_hook(lambda _m, _a, out: _routed(out[0], next(left)))
         with torch.no_grad():
             return torch.cat([double(torch.tensor([ids]).to(model.device)).logits[0, -1:] for ids in prompts])
 
 
-def error(values, exact):
-    return ((values - exact).norm() / exact.norm()).item()
+def _routers(model):
+    return [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
+
+
+def _routed(logits, ids):
+    """What a router that normalises gives for these ids."""
+    weights = logits.softmax(-1).gather(1, ids)
+    return logits, weights / weights.sum(-1, keepdim=True), ids
 
 
 def save(engine, folder):

@@ -1,28 +1,17 @@
 // Run by torchrun, once a rank: puts the layer through its cases and writes what came of them to FOLDER/<rank>.json.
 // tsx test/ranks/cases.ts FOLDER BACKEND DEVICE
-import { readFileSync, writeFileSync } from 'node:fs'
+import { writeFileSync } from 'node:fs'
 import { join } from 'node:path'
-import { fileURLToPath } from 'node:url'
 import type { ExpertParallelOptions } from 'epmoe'
-import {
-  EpmoeError,
-  expertParallel,
-  joinRanks,
-  type MoeForwardArguments,
-  moeLayer,
-  type PyRef,
-  startPython,
-} from 'epmoe'
+import { EpmoeError, expertParallel, joinRanks, type MoeForwardArguments, moeLayer, type PyRef } from 'epmoe'
+import { reference } from '../helpers/golden.js'
+import { evaluate, python, torch } from '../helpers/python.js'
 import type { Outcome, Report, Sums } from './outcome.js'
 
 const [folder = '.', backend = 'gloo', device = 'cpu'] = process.argv.slice(2)
-const python = startPython()
-const torch = python.import('torch')
 torch.method('set_num_threads', 1).dispose()
 // Memory that torch hands out holds NaN, so that a row nobody has written cannot go unnoticed.
 python.eval('torch.use_deterministic_algorithms(True, warn_only=True)', { torch }).dispose()
-const file = fileURLToPath(new URL('../helpers/moe_layer.py', import.meta.url))
-const reference = python.exec(readFileSync(file, 'utf8'), file)
 const group = joinRanks({ backend: backend as 'gloo', timeoutMs: 60_000 })
 const { rank, size } = group
 
@@ -105,7 +94,8 @@ for (const scheme of ['all-reduce', 'all-to-all'] as const) {
     outcomes.push({ name: `${scheme}: ${name}`, ...measured({ ...usual, ...variant, scheme }) })
   }
   for (const [name, spoil] of Object.entries(controls())) {
-    outcomes.push({ name: `${scheme}: ${name}`, control: true, ...measured({ ...usual, scheme }, spoil) })
+    const case_ = { ...usual, ...spoil.of, scheme }
+    outcomes.push({ name: `${scheme}: ${name}`, control: true, ...measured(case_, spoil) })
   }
 }
 if (size === 4) outcomes.push({ name: 'two groups of two ranks', ...inSubgroups() })
@@ -117,16 +107,27 @@ group.dispose()
 
 /** Changes what this rank does; a comparison that passes all the same is worth nothing. */
 interface Spoil {
+  of?: Partial<Case>
+  options?: Partial<ExpertParallelOptions>
   part?: (rank: number) => number
   call?: (call: MoeForwardArguments) => MoeForwardArguments
 }
 
 function controls(): Record<string, Spoil> {
-  if (size === 1) return {}
+  const rounded = evaluate('lambda f: lambda rows: f(rows).bfloat16().float()')
+  const silu = reference.get('ACTIVATIONS').item('silu')
   return {
-    'two ranks have each other’s experts': { part: (of) => (of < 2 ? 1 - of : of) },
+    ...(size > 1 && { 'two ranks have each other’s experts': { part: (of) => (of < 2 ? 1 - of : of) } }),
     'a slot is dropped': {
       call: (call) => ({ ...call, topkIds: evaluate('(y := x.clone(), y[3].fill_(-1))[0]', { x: call.topkIds }) }),
+    },
+    'float32 with an activation rounded to bfloat16': {
+      of: { dtype: 'float32' },
+      options: { activation: rounded.call(silu) },
+    },
+    'float32 with a factor that is off by a millionth': {
+      of: { dtype: 'float32' },
+      options: { routedScalingFactor: factor * (1 + 1e-6) },
     },
   }
 }
@@ -139,24 +140,25 @@ function measured(case_: Case, spoil: Spoil = {}, ranks = group): Sums {
   const before = replicated ? 0 : all.slice(0, ranks.rank).reduce((sum, each) => sum + each, 0)
   const mine = replicated ? total : all[ranks.rank]!
   const x = whole(case_, total)
-  using layer = expertParallel(optionsOf(case_, x, ranks, spoil.part))
+  using layer = expertParallel({ ...optionsOf(case_, x, ranks, spoil.part), ...spoil.options })
   const call = { ...callOf(case_, x, before, mine) }
   const output = layer.forward(spoil.call?.(call) ?? call)
   const { biases, activation, added } = case_
-  const plain = (dtype?: string) =>
-    evaluate('y[a:b]', {
-      y: reference.method('plain', x, activation, biases, factor, added, dtype),
-      a: before,
-      b: before + mine,
-    })
+  const own = (y: PyRef) => evaluate('y[a:b]', { y, a: before, b: before + mine })
+  const plain = (dtype?: string) => own(reference.method('plain', x, activation, biases, factor, added, dtype))
+  const attainable = [...reference.method('attainable', x, activation, biases, factor, added)].map(own)
   using single = moeLayer({ ...weightsOf(case_, x, 0, case_.experts), ...settings(case_) })
   const alone = single.forward(call)
-  const sums = evaluate(
-    '[float((y.double() - e).square().sum()) for y in (o, s, p)] + [float(e.square().sum()), e.numel()]',
-    { o: output, s: alone, p: plain(), e: plain('float64') },
-  )
-  const [ranksError, singleError, plainError, exact, elements] = sums.toJS() as [number, number, number, number, number]
-  return { ranks: ranksError, single: singleError, plain: plainError, exact, elements }
+  const exact = plain('float64')
+  const squares = (y: PyRef) => evaluate('float((y.double() - e).square().sum())', { y, e: exact }).toJS() as number
+  return {
+    ranks: squares(output),
+    single: squares(alone),
+    plain: squares(plain()),
+    attainable: attainable.map(squares),
+    exact: evaluate('float(e.square().sum())', { e: exact }).toJS() as number,
+    elements: exact.get('nelement').call().toJS() as number,
+  }
 }
 
 function whole({ topk, hidden, half, experts, dtype, ids, change }: Case, tokens: number): PyRef {
@@ -284,8 +286,4 @@ function attempt(name: string, work: () => unknown): void {
     if (!(error instanceof EpmoeError)) throw error
     errors[name] = { code: error.code, message: error.message }
   }
-}
-
-function evaluate(expression: string, names: Record<string, unknown>): PyRef {
-  return python.eval(expression, { torch, ...names })
 }

@@ -3,6 +3,8 @@ export interface Sums {
   ranks: number
   single: number
   plain: number
+  /** By the shapes of the matrix products: test/helpers/moe_layer.py. */
+  attainable: number[]
   exact: number
   elements: number
 }

@@ -137,8 +137,3 @@ def make(name, dtype, device, with_residual):
         "own": own,
         "exact": exact if residual is None else exact + residual.double(),
     }
-
-
-def error(output, exact):
-    """Relative to the float64 result, in the L2 norm."""
-    return ((output.double() - exact).norm() / exact.norm()).item()

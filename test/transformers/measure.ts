@@ -2,6 +2,7 @@ import { readFileSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 import type { Device, PyRef } from 'epmoe'
 import { type MoeLayerOptions, moeLayer } from '../../src/moe-layer.js'
+import { allowedError, reference } from '../helpers/golden.js'
 import { evaluate, python, valueOf } from '../helpers/python.js'
 
 /** Why there is nothing to compare with here; undefined when there is. */
@@ -29,6 +30,8 @@ export interface Block {
   exact: PyRef
   /** The block's own error against the float64 result, by the way transformers runs its experts. */
   own: Record<string, number>
+  /** The errors of what torch's matrix products allow at best, by their shapes: test/helpers/moe_layer.py. */
+  attainable: number[]
   /** Elements in the output. */
   count: number
 }
@@ -53,24 +56,28 @@ export function makeBlock(name: string, dtype: Dtype, device: Device, withResidu
   const own = Object.entries(
     valueOf('{k: error(v, b["exact"]) for k, v in b["own"].items()}', {
       b: made,
-      error: blocks().get('error'),
+      error: reference.get('error'),
     }) as object,
   ) as [string, number][]
+  const options = {
+    w13,
+    w2: made.item('w2'),
+    w13Bias,
+    w2Bias,
+    activation: made.item('activation').toJS() as 'silu' | 'swigluoai',
+    routedScalingFactor: made.item('factor').toJS() as number,
+  }
+  const { activation, routedScalingFactor } = options
+  const attainable = reference.method('attainable', made, activation, w13Bias !== undefined, routedScalingFactor, true)
   return {
     name: withResidual ? `${name} + residual` : name,
     experts: w13.length,
-    options: {
-      w13,
-      w2: made.item('w2'),
-      w13Bias,
-      w2Bias,
-      activation: made.item('activation').toJS() as 'silu' | 'swigluoai',
-      routedScalingFactor: made.item('factor').toJS() as number,
-    },
+    options,
     input: { hiddenStates: made.item('hidden'), topkIds: made.item('ids'), topkWeights: made.item('weights') },
     added: { ...(shared && { sharedOutput: shared }), ...(residual && { residual }) },
     exact,
     own: Object.fromEntries(own),
+    attainable: [...attainable].map((each) => errorTo(exact, each)),
     count: valueOf('x.numel()', { x: exact }) as number,
   }
 }
@@ -95,15 +102,16 @@ export function runBlock(block: Block, ranks = 1, change = (options: MoeLayerOpt
 
 /** Relative to the float64 result, in the L2 norm. */
 export function errorOf(block: Block, output: PyRef): number {
-  return blocks().method('error', output, block.exact).toJS() as number
+  return errorTo(block.exact, output)
 }
 
-/**
- * The largest error that counts as no worse than the block's own: than the better of transformers' two ways, but for the
- * uncertainty of an error norm estimated from so many elements, as everywhere in this package's verdicts.
- */
-export function allowed(block: Block): number {
-  return Math.min(...Object.values(block.own)) * (1 + 3 / Math.sqrt(block.count))
+function errorTo(exact: PyRef, output: PyRef): number {
+  return reference.method('error', output, exact).toJS() as number
+}
+
+/** The largest error that counts as no worse than the block's own, in the better of transformers' two ways. */
+export function allowed({ own, attainable, count }: Block): number {
+  return allowedError(Math.min(...Object.values(own)), attainable, count)
 }
 
 export function versions(): string {

@@ -9,7 +9,7 @@ if (reason !== undefined) throw new Error(reason)
 const rankCounts = [1, 2, 4, 8]
 const cell = (value: number) => value.toExponential(3)
 const rows: string[][] = [
-  ['block', 'dtype', 'device', 'eager', 'grouped_mm', ...rankCounts.map((n) => `epmoe, ${n}`), ''],
+  ['block', 'dtype', 'device', 'eager', 'grouped_mm', 'products', ...rankCounts.map((n) => `epmoe, ${n}`), ''],
 ]
 for (const device of testDevices) {
   for (const dtype of ['float32', 'bfloat16'] satisfies Dtype[]) {
@@ -19,11 +19,13 @@ for (const device of testDevices) {
         const errors = rankCounts.map((ranks) => errorOf(block, runBlock(block, ranks)))
         const passed = errors.every((error) => error <= allowed(block))
         const own = ['eager', 'grouped_mm'].map((way) => cell(block.own[way] ?? Number.NaN))
-        rows.push([block.name, dtype, device, ...own, ...errors.map(cell), passed ? 'passed' : 'FAILED'])
+        const products = [Math.min(...block.attainable), Math.max(...block.attainable)].map(cell).join(' to ')
+        rows.push([block.name, dtype, device, ...own, products, ...errors.map(cell), passed ? 'passed' : 'FAILED'])
         if (!passed) process.exitCode = 1
       }
     }
   }
 }
-console.log(`relative L2 error against float64; epmoe's experts on 1, 2, 4, 8 ranks; ${versions()}\n`)
+console.log(`relative L2 error against float64; epmoe's experts on 1, 2, 4, 8 ranks; ${versions()}`)
+console.log("products: what torch's matrix products allow at best, by their shapes\n")
 for (const row of rows) console.log(`| ${row.join(' | ')} |`)
