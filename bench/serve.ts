@@ -7,7 +7,7 @@
 import { parseArgs } from 'node:util'
 import { type Device, devices, stats } from 'epmoe'
 import { type KernelMode, kernelModes, type ServeOptions, type Server, serve } from '../src/serve/index.js'
-import { type Memory, memoryOf, peakFromNow } from './memory.js'
+import { type Memory, memoryOf, peakFromNow } from './device-memory.js'
 
 /** Blocks of the shape of Qwen3-30B-A3B, 1.2 GB each. */
 const large = (layers: number): ServeOptions => ({

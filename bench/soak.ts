@@ -1,4 +1,5 @@
-// npm run bench -- soak [minutes]: the bridge under mixed load for as long as asked, and whether memory stays flat.
+// npm run bench -- soak [minutes]: the bridge under mixed load for as long as asked, whether memory stays flat, and whose it
+// is. Ends with 1 when an object is left over.
 import { setImmediate as turn } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
 import { Worker } from 'node:worker_threads'
@@ -22,12 +23,12 @@ import {
   stats,
   Tensor,
 } from 'epmoe'
+import { liveObjects, type Memory, MemoryMeter } from './memory.js'
 
-interface Sample {
+interface Sample extends Memory {
   seconds: number
   calls: number
-  /** MB. */
-  rss: number
+  /** MB that torch has allocated on the GPU. */
   cuda: number
 }
 
@@ -35,32 +36,40 @@ const worker = fileURLToPath(new URL('../test/fixtures/worker.mjs', import.meta.
 
 export default async function soak(): Promise<void> {
   const minutes = Number(process.argv[3] ?? 10)
+  await scope(() => run(minutes))
+  console.log(`live at the end: ${JSON.stringify(stats())}`)
+  if (liveObjects() > 0) process.exitCode = 1
+}
+
+async function run(minutes: number): Promise<void> {
   const device = devices().find((each) => each !== 'cpu') ?? 'cpu'
   const python = startPython()
   const torch = python.import('torch')
   const load = new Load(python, torch, device)
+  const meter = new MemoryMeter(python)
+  const cuda = () => (device === 'cpu' ? 0 : Number(torch.get('cuda').method('memory_allocated').toJS()) / 1e6)
   const samples: Sample[] = []
   const begin = performance.now()
   const gap = new Gap()
   let terminated = 0
-  for (let seconds = 0; seconds < minutes * 60; seconds = (performance.now() - begin) / 1000) {
+  printRow(['s', 'calls', ...columns])
+  for (let seconds = 0; seconds < minutes * 60; ) {
     const until = performance.now() + 2000
-    while (performance.now() < until) {
+    for (let round = 0; performance.now() < until; round++) {
       scope(() => load.mixed())
-      if (load.calls % 20 === 0) await turn()
+      // A handle's memory is let go of in a turn of the event loop, not before.
+      if (round % 20 === 0) await turn()
     }
     await scope(() => load.asynchronous())
     if (samples.length % 5 === 0) {
       await terminateWorker(device)
       terminated++
     }
-    const cuda = device === 'cpu' ? 0 : Number(torch.get('cuda').method('memory_allocated').toJS())
-    samples.push({ seconds, calls: load.calls, rss: process.memoryUsage.rss() / 1e6, cuda: cuda / 1e6 })
-    process.stderr.write(
-      `\r${seconds.toFixed(0).padStart(5)} s  ${load.calls} calls  RSS ${samples.at(-1)?.rss.toFixed(0)} MB `,
-    )
+    const minute = Math.floor(seconds / 60)
+    seconds = (performance.now() - begin) / 1000
+    samples.push({ seconds, calls: load.calls, ...meter.read(), cuda: scope(cuda) })
+    if (Math.floor(seconds / 60) > minute || samples.length === 1) printSample(samples.at(-1)!)
   }
-  process.stderr.write('\n')
   gap.end()
   // The same again with nothing but Python code on the executor: what a server's timers would see.
   const busy = new Gap()
@@ -69,6 +78,9 @@ export default async function soak(): Promise<void> {
   load.end()
   report(samples, load, terminated, device)
   console.log(`event loop beside a busy Python thread: median gap ${busy.text()}; under the whole load ${gap.text()}`)
+  meter.trim()
+  const { rss, mallocKept } = meter.read()
+  console.log(`malloc_trim: RSS ${rss.toFixed(1)} MB, kept by malloc ${mallocKept.toFixed(1)} MB`)
 }
 
 class Load {
@@ -80,7 +92,6 @@ class Load {
   readonly #device: Device
   readonly #work: PyRef
   readonly #layer: ReturnType<typeof moeLayer>
-  readonly #weights: PyRef[]
 
   constructor(python: ReturnType<typeof startPython>, torch: PyRef, device: Device) {
     this.#python = python
@@ -92,11 +103,10 @@ def fails(): raise ValueError("on purpose")
 def product(x): return (x @ x.T).sum().item()
 `)
     const dtype = torch.get('bfloat16')
-    this.#weights = [
-      torch.method('randn', 8, 64, 32, kw({ device, dtype })),
-      torch.method('randn', 8, 32, 32, kw({ device, dtype })),
-    ]
-    this.#layer = moeLayer({ w13: this.#weights[0]!, w2: this.#weights[1]! })
+    this.#layer = moeLayer({
+      w13: torch.method('randn', 8, 64, 32, kw({ device, dtype })),
+      w2: torch.method('randn', 8, 32, 32, kw({ device, dtype })),
+    })
     this.#torch = torch
   }
   readonly #torch: PyRef
@@ -188,7 +198,6 @@ def product(x): return (x @ x.T).sum().item()
 
   end(): void {
     this.#layer.dispose()
-    for (const weight of this.#weights) weight.dispose()
   }
 }
 
@@ -220,23 +229,46 @@ class Gap {
   }
 }
 
+/** The columns of the table, MB but for the last three; the first is the sum of the next five. */
+const columns = [
+  'rss',
+  'files',
+  'v8',
+  'mallocUsed',
+  'mallocKept',
+  'rest',
+  'heapUsed',
+  'external',
+  'cuda',
+  'pythonBlocks',
+  'live',
+  'threads',
+] as const satisfies readonly (keyof Sample)[]
+
+function printRow(cells: readonly string[]): void {
+  console.log(cells.map((cell) => cell.padStart(Math.max(8, cell.length + 1))).join(''))
+}
+
+function printSample(sample: Sample): void {
+  const values = columns.map((key) => sample[key].toFixed(1).padStart(key.length))
+  printRow([sample.seconds.toFixed(0), String(sample.calls), ...values])
+}
+
 function report(samples: Sample[], load: Load, terminated: number, device: string): void {
   const warm = samples.slice(Math.floor(samples.length / 5))
-  const slope = (key: 'rss' | 'cuda') => (60 * covariance(warm, key)) / covariance(warm, 'seconds')
-  const last = samples.at(-1)!
-  const live = stats()
+  const [first, last] = [warm[0]!, samples.at(-1)!]
+  printRow(['slope', '/ minute', ...columns.map((key) => slope(warm, key).toFixed(2).padStart(key.length))])
   console.log(
     `${load.calls} calls on ${device} in ${last.seconds.toFixed(0)} s: ${load.errors} mistakes caught, ${load.jobs} jobs of which ${load.cancelled} were given up, ${terminated} workers terminated`,
   )
   console.log(
-    `RSS ${warm[0]?.rss.toFixed(0)} MB after warm-up, ${last.rss.toFixed(0)} MB at the end, slope ${slope('rss').toFixed(2)} MB a minute`,
+    `RSS ${first.rss.toFixed(1)} MB after warm-up (${first.seconds.toFixed(0)} s), ${last.rss.toFixed(1)} MB at the end, slope ${slope(warm, 'rss').toFixed(2)} MB a minute`,
   )
-  if (device !== 'cpu') {
-    console.log(
-      `CUDA ${warm[0]?.cuda.toFixed(1)} MB after warm-up, ${last.cuda.toFixed(1)} MB at the end, slope ${slope('cuda').toFixed(3)} MB a minute`,
-    )
-  }
-  console.log(`live at the end: ${JSON.stringify(live)}`)
+}
+
+/** How a figure changes in a minute, by least squares. */
+function slope(samples: Sample[], key: keyof Sample): number {
+  return (60 * covariance(samples, key)) / covariance(samples, 'seconds')
 }
 
 function covariance(samples: Sample[], key: keyof Sample): number {

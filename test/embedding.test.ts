@@ -1,41 +1,10 @@
 // What breaks when CPython and torch live in a Node process, each in a process of its own.
 import { spawnSync } from 'node:child_process'
-import { chmodSync, mkdirSync, mkdtempSync, readdirSync, writeFileSync } from 'node:fs'
-import { tmpdir } from 'node:os'
+import { mkdirSync, readdirSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
-import { fileURLToPath } from 'node:url'
 import test from 'ava'
-import { startPython } from 'epmoe'
-
-const root = fileURLToPath(new URL('..', import.meta.url))
-const { executable } = startPython()
-
-function folder(): string {
-  return mkdtempSync(join(tmpdir(), 'epmoe-embedding-'))
-}
-
-/** Runs a program with `python` started, and returns what it printed as JSON. */
-function run(body: string, environment: Record<string, string> = {}, flags: string[] = []): unknown {
-  const program = `
-    import { kw, startPython } from 'epmoe'
-    ${body}`
-  const args = [...flags, '--conditions=epmoe-source', '--import=tsx', '--input-type=module', '--eval', program]
-  const { status, signal, stdout, stderr } = spawnSync(process.execPath, args, {
-    cwd: root,
-    encoding: 'utf8',
-    timeout: 120_000,
-    env: { ...process.env, EPMOE_PYTHON: executable, ...environment },
-  })
-  if (status !== 0) throw new Error(`${status ?? signal}\n${stdout}${stderr}`)
-  return JSON.parse(stdout.trim().split('\n').at(-1) ?? '')
-}
-
-/** A module that spawned processes can import. */
-function moduleFolder(source: string): string {
-  const where = folder()
-  writeFileSync(join(where, 'embedded_work.py'), source)
-  return where
-}
+import { begin, executable, hostilePath, run, temporaryFolder } from './helpers/embedded.js'
+import { workerFile, workersRun } from './helpers/workers.js'
 
 const dataset = `
 import os, time, torch
@@ -56,26 +25,11 @@ def terminated():
     return process.exitcode
 `
 
-/** Begins a program: the module above is imported as `work`. */
-function begin(where: string): string {
-  return `
-    const python = startPython()
-    python.import('sys').get('path').method('insert', 0, ${JSON.stringify(where)})
-    process.env.PYTHONPATH = ${JSON.stringify(where)}
-    python.import('os').get('environ').setItem('PYTHONPATH', ${JSON.stringify(where)})
-    const work = python.import('embedded_work')`
-}
-
 test('a DataLoader finds its interpreter, whatever python3 is on PATH', (t) => {
-  const hostile = folder()
-  for (const name of ['python', 'python3']) {
-    writeFileSync(join(hostile, name), '#!/bin/sh\nexit 42\n')
-    chmodSync(join(hostile, name), 0o755)
-  }
   const loaded = run(
-    `${begin(moduleFolder(dataset))}
+    `${begin(dataset)}
     console.log(JSON.stringify(work.method('load', 2).toJS()))`,
-    { PATH: `${hostile}:${process.env['PATH'] ?? ''}` },
+    { environment: { PATH: hostilePath() } },
   )
   t.deepEqual(loaded, [
     [0, 1, 4, 9],
@@ -84,18 +38,18 @@ test('a DataLoader finds its interpreter, whatever python3 is on PATH', (t) => {
 })
 
 test('a Node child is heard of while and after a DataLoader runs on its executor', (t) => {
-  const result = run(`${begin(moduleFolder(dataset))}
+  const result = run(`${begin(dataset)}
     const { spawn } = await import('node:child_process')
     const child = spawn('sleep', ['1'])
     const ended = new Promise((resolve) => child.on('exit', (code) => resolve(code)))
     const loaded = await work.methodAsync('load', 2)
-    const code = await Promise.race([ended, new Promise((resolve) => setTimeout(() => resolve('never'), 20000))])
+    const code = await Promise.race([ended, new Promise((resolve) => setTimeout(() => resolve('never'), 20000).unref())])
     console.log(JSON.stringify([loaded.length, code]))`)
   t.deepEqual(result, [2, 0])
 })
 
 test('a process that Python terminates ends by it, and Node’s own SIGTERM handler is not called', (t) => {
-  const result = run(`${begin(moduleFolder(dataset))}
+  const result = run(`${begin(dataset)}
     let called = 0
     process.on('SIGTERM', () => called++)
     const code = (await work.methodAsync('terminated')).toJS()
@@ -104,7 +58,7 @@ test('a process that Python terminates ends by it, and Node’s own SIGTERM hand
 })
 
 test('an environment is used as its interpreter uses it: prefix, packages and .pth files', (t) => {
-  const where = folder()
+  const where = temporaryFolder()
   const venv = join(where, 'venv')
   const made = spawnSync(executable, ['-m', 'venv', '--without-pip', venv], { encoding: 'utf8' })
   t.is(made.status, 0, made.stderr)
@@ -116,16 +70,17 @@ test('an environment is used as its interpreter uses it: prefix, packages and .p
   const result = run(
     `const python = startPython()
     console.log(JSON.stringify([python.import('sys').get('prefix').toJS(), python.import('found_by_pth').get('value').toJS()]))`,
-    { EPMOE_PYTHON: join(venv, 'bin', 'python') },
+    { environment: { EPMOE_PYTHON: join(venv, 'bin', 'python') } },
   )
   t.deepEqual(result, [venv, 7])
 })
 
-test('a worker that asks for Python first is refused, and the main thread gets it afterwards', (t) => {
-  const worker = fileURLToPath(new URL('./fixtures/worker.mjs', import.meta.url))
+const withWorkers = workersRun ? test : test.skip
+
+withWorkers('a worker that asks for Python first is refused, and the main thread gets it afterwards', (t) => {
   const result = run(`
     const { Worker } = await import('node:worker_threads')
-    const worker = new Worker(${JSON.stringify(worker)}, { workerData: { mode: 'python' }, execArgv: [] })
+    const worker = new Worker(${JSON.stringify(workerFile)}, { workerData: { mode: 'python' }, execArgv: [] })
     const refusal = await new Promise((resolve, reject) => worker.once('message', resolve).once('error', reject))
     console.log(JSON.stringify([refusal.code, startPython().eval('1 + 1').toJS()]))`)
   t.deepEqual(result, ['ERR_PYTHON_START', 2])
@@ -142,8 +97,7 @@ test('collecting garbage all the time harms no call that is under way', (t) => {
       for (const job of jobs) { sum += Number((await job).toJS()); globalThis.gc() }
     }
     console.log(JSON.stringify(sum))`,
-    {},
-    ['--expose-gc'],
+    { flags: ['--expose-gc'] },
   )
   t.is(result, 60 * 6 + 3 * 1770)
 })
@@ -152,7 +106,6 @@ test('what Python prints arrives, however it is buffered, and before the process
   const program = `import { startPython } from 'epmoe'; startPython().exec('print("from Python", end="")'); console.log(' and Node')`
   const args = ['--conditions=epmoe-source', '--import=tsx', '--input-type=module', '--eval', program]
   const { stdout } = spawnSync(process.execPath, args, {
-    cwd: root,
     encoding: 'utf8',
     env: { ...process.env, EPMOE_PYTHON: executable },
   })

@@ -19,6 +19,7 @@ function run(body: string, kill?: NodeJS.Signals): Promise<Ending> {
   const program = `
     import { startPython, Tensor } from 'epmoe'
     const python = startPython()
+    process.on('exit', (code) => console.log('an exit listener was told', code))
     const torch = python.import('torch')
     const m = python.exec(\`
 import atexit, sys, threading, time, torch
@@ -131,6 +132,7 @@ for (const [load, { start, finishes }] of Object.entries(loads)) {
       t.true(result.seconds < 6, told)
       t.regex(result.stdout, /before the end/, told)
       t.regex(result.stdout, /atexit ran/, told)
+      t.regex(result.stdout, new RegExp(`an exit listener was told ${code}\n`), told)
       if (said !== undefined) t.regex(result.stderr, said)
     })
   }
@@ -160,4 +162,13 @@ test('a SIGTERM handler that exits runs Python’s end as well', async (t) => {
   const result = await inParallel(() => run(body, 'SIGTERM'))
   t.is(result.code, 9, JSON.stringify(result))
   t.regex(result.stdout, /atexit ran/)
+})
+
+test('an exit listener that throws beside a busy thread is told of, and the code is that of Node', async (t) => {
+  t.timeout(240_000)
+  const body = `process.on('exit', () => { throw new RangeError('thrown at exit') })
+    ${loads['a daemon thread inside torch’s autograd']?.start}`
+  const result = await inParallel(() => run(body))
+  t.is(result.code, 1, JSON.stringify(result))
+  t.regex(result.stderr, /thrown at exit/)
 })

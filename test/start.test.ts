@@ -1,6 +1,6 @@
 import { spawnSync } from 'node:child_process'
-import { existsSync } from 'node:fs'
 import test from 'ava'
+import { workersRun } from './helpers/workers.js'
 
 /** Runs TypeScript in a process of its own; the public API is imported as `e`. */
 function run(source: string, environment: Record<string, string> = {}) {
@@ -37,9 +37,8 @@ test('EPMOE_PYTHON is used, and told when it does not run', (t) => {
   t.regex(output, /ERR_PYTHON_START .*\/bin\/false \(from EPMOE_PYTHON\)/)
 })
 
-// A worker on Node 20 cannot have the TypeScript loader, so it takes the compiled package.
-const compiled = existsSync(new URL('../dist/index.js', import.meta.url)) ? test : test.skip
-compiled('a worker may use the kernels but not start Python', (t) => {
+const withWorkers = workersRun ? test : test.skip
+withWorkers('a worker may use the kernels but not start Python', (t) => {
   const { status, output } = run(`
     const { Worker } = await import('node:worker_threads')
     const source = "import('epmoe').then((e) => { try { e.startPython() } catch (x) { console.log(x.code) } console.log(String(e.Tensor.zeros([2]))) })"

@@ -1,22 +1,18 @@
 import { spawnSync } from 'node:child_process'
 import { once } from 'node:events'
-import { existsSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { fileURLToPath } from 'node:url'
 import { Worker } from 'node:worker_threads'
 import test from 'ava'
 import type { Device } from 'epmoe'
 import { read, runPostReorder, validCall, validResult } from './helpers/call.js'
 import { testDevices } from './helpers/devices.js'
 import { valueOf } from './helpers/python.js'
+import { workerFile, workersRun } from './helpers/workers.js'
 
-const file = new URL('./fixtures/worker.mjs', import.meta.url)
-// Workers run the compiled package, as a user's do: the loader of TypeScript sources does not reach into them.
-const compiled = existsSync(fileURLToPath(new URL('../dist/index.js', import.meta.url)))
-const inTurn = compiled ? test.serial : test.serial.skip
+const inTurn = workersRun ? test.serial : test.serial.skip
 
 function start(workerData: object): Worker {
-  return new Worker(file, { workerData, execArgv: [] })
+  return new Worker(workerFile, { workerData, execArgv: [] })
 }
 
 /** The last message, once the worker has ended by itself. */
@@ -86,7 +82,7 @@ inTurn('a process whose workers alone use the kernels outlives them', (t) => {
     import { Worker } from 'node:worker_threads'
     for (let round = 0; round < 60; round++) {
       const workerData = { mode: 'kernels', calls: 1e9, seed: round + 1 }
-      const worker = new Worker(new URL(${JSON.stringify(file.href)}), { workerData, execArgv: [] })
+      const worker = new Worker(${JSON.stringify(workerFile)}, { workerData, execArgv: [] })
       await once(worker, 'message')
       await worker.terminate()
     }

@@ -14,8 +14,16 @@ export function exitWith(runtime: Runtime): void {
   process.on('uncaughtExceptionMonitor', (error) => {
     uncaught = { error }
   })
-  process.on('exit', (code) => {
+  process.on('exit', function end(code) {
     if (runtime.value('shutdown', seconds) === true) return
+    // The process ends here, and who listens for its exit since Python started has not been told yet.
+    try {
+      const listeners = process.listeners('exit')
+      for (const listener of listeners.slice(listeners.indexOf(end) + 1)) listener.call(process, code)
+    } catch (error) {
+      uncaught = { error }
+      process.exitCode ||= 1
+    }
     // Node prints an uncaught error after this event, which is not coming back.
     if (uncaught !== undefined) process.stderr.write(`Uncaught:\n${inspect(uncaught.error)}\n`)
     runtime.run('abandon', Number(process.exitCode ?? code))
