@@ -100,7 +100,7 @@ interface Time {
   blocks: number
 }
 
-const samplesOfBlock = 9
+const samplesOfBlock = 5
 const fewestBlocks = 8
 
 /**

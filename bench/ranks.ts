@@ -7,12 +7,6 @@ import { parseArgs } from 'node:util'
 import { devices, startPython } from 'epmoe'
 import { type Backend, certain, extrapolate, type Measured, settings } from './ranks-model.js'
 
-/**
- * glibc gives large blocks back to the kernel and faults them in again, or not, by what was freed before: the same layer
- * takes 30 ms or 67 (two cores of an AMD EPYC). Here what has been allocated stays with the process.
- */
-const steady = { MALLOC_MMAP_THRESHOLD_: String(2 ** 30), MALLOC_TRIM_THRESHOLD_: String(2 ** 40) }
-
 export default async function ranks(): Promise<void> {
   const { values } = parseArgs({
     args: process.argv.slice(3),
@@ -57,7 +51,7 @@ function job(backend: Backend, size: number, until: number): Measured[] {
   const options = ['--backend', backend, '--until', String(until)]
   const { status, stdout, stderr } = spawnSync(executable, [...torchrun, ...program, ...options], {
     encoding: 'utf8',
-    env: { ...process.env, ...steady, OMP_NUM_THREADS: '1', EPMOE_PYTHON: executable },
+    env: { ...process.env, OMP_NUM_THREADS: '1', EPMOE_PYTHON: executable },
     // Nothing is known of a job that hangs; one that has started late still gets through its first samples.
     timeout: Math.ceil(until - Date.now()) + 90_000,
   })
