@@ -10,7 +10,7 @@
 namespace epmoe::expert_order {
 namespace {
 
-constexpr int kFewRuns = 16;  // of a block of few_kernel
+constexpr int kFewRuns = 8;  // of a block of few_kernel; with 16, the code is longer and every size slower
 
 // Few slots, packed: each lane keeps kPer of a run's slots in registers, and a run has kPer words of marks a bucket, so
 // that nothing waits for the slots before it. Straight-line code: with so little to do, fetching it counts.
@@ -63,18 +63,12 @@ __global__ void __launch_bounds__(kMostThreads, 1) few_kernel(const Arguments a)
   int32_t count = 0;
   int32_t earlier = 0;  // of this bucket in earlier blocks
   if (b < buckets) {
-    int32_t counts[kFewRuns];
 #pragma unroll
     for (int run = 0; run < kFewRuns; ++run) {
-      counts[run] = 0;
-      if (run >= a.runs) continue;
+      if (run >= a.runs) break;
+      earlier_runs[run * buckets + b] = count;
 #pragma unroll
-      for (int i = 0; i < kPer; ++i) counts[run] += __popc(marks[(run * buckets + b) * kPer + i]);
-    }
-#pragma unroll
-    for (int run = 0; run < kFewRuns; ++run) {
-      if (run < a.runs) earlier_runs[run * buckets + b] = count;
-      count += counts[run];
+      for (int i = 0; i < kPer; ++i) count += __popc(marks[(run * buckets + b) * kPer + i]);
     }
     block_count[b] = count;
   }
@@ -148,7 +142,7 @@ bool launch_few(const Problem &p, Arguments a) {
 bool run_few(const Problem &p, const Arguments &a, bool clusters) {
   if (p.reserved != nullptr || p.m_max > 0 || p.m_indices != nullptr) return false;
   if (p.slots <= 256 && launch_few<1, false>(p, a)) return true;
-  if (p.slots <= 1024 && launch_few<2, false>(p, a)) return true;
+  if (p.slots <= 512 && launch_few<2, false>(p, a)) return true;
   if (clusters && p.slots <= 4096 && launch_few<2, true>(p, a)) return true;
   return clusters && p.slots <= 8192 && launch_few<4, true>(p, a);
 }
