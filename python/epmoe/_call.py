@@ -191,6 +191,19 @@ def check(device=None):
         c.require(c.library().epmoe_check(index))
 
 
+class _CudaMemory:
+    def __init__(self, address, nbytes):
+        self.__cuda_array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 3}
+
+
+def allocate(device, nbytes):
+    """CUDA memory beside torch's allocator, which may be asked for during a graph's capture without being part of it, as
+    a uint8 tensor. It is never freed."""
+    address = ctypes.c_void_p()
+    c.require(c.library().epmoe_alloc(c.DLDevice(2, device.index), nbytes, ctypes.byref(address)))
+    return torch.as_tensor(_CudaMemory(address.value, nbytes), device=device)
+
+
 def _cuda_index(op, device):
     """The index of a CUDA device; None when there is nothing to wait for."""
     if device is None:

@@ -143,6 +143,7 @@ _SIGNATURES = {
     ),
     "epmoe_stream_synchronize": (ctypes.c_int32, [ctypes.c_int32, ctypes.c_void_p]),
     "epmoe_check": (ctypes.c_int32, [ctypes.c_int32]),
+    "epmoe_alloc": (ctypes.c_int32, [DLDevice, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)]),
 }
 _WAITING = {"epmoe_stream_synchronize"}  # called without the GIL, so that other threads run meanwhile
 

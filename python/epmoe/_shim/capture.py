@@ -24,9 +24,7 @@ REPLAYS, MISMATCHES, ELEMENTS = range(3)
 
 _lock = threading.Lock()
 _counters = {}  # by device: int64 [MAX_STAGES, 3], and how many rows are taken
-_streams = {}  # by device: one that is never captured, so that memory made on it belongs to no graph
 _stages = []
-_kept = []  # for good: nobody tells when a graph that writes there is gone
 _kept_bytes = 0
 
 
@@ -35,7 +33,6 @@ def prepare(device):
     with _lock:
         if device not in _counters:
             _counters[device] = [torch.zeros(MAX_STAGES, 3, dtype=torch.int64, device=device), 0]
-            _streams[device] = torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def prepare_all():
@@ -106,12 +103,7 @@ class Stage:
             if _kept_bytes + size > MAX_KEPT_BYTES:
                 return
             _kept_bytes += size
-        with torch.cuda.stream(_streams[self.device]):
-            self.kept = {
-                part: {name: torch.empty_like(tensor) for name, tensor in named.items()}
-                for part, named in parts.items()
-            }
-        _kept.append(self.kept)
+        self.kept = {part: {name: _room(tensor) for name, tensor in named.items()} for part, named in parts.items()}
         for part, named in parts.items():
             for name, tensor in named.items():
                 kept = self.kept[part][name]
@@ -137,6 +129,14 @@ class Stage:
 
     def capsule(self, findings):
         return capsule_of(self, self.told, findings, self.kept)
+
+
+def _room(tensor):
+    """Memory for a copy, for good: nobody tells when a graph that writes there is gone. Not torch's, which would take it
+    from the graph's own on the stream that is captured, and end the capture on another."""
+    if tensor.device.type != "cuda" or tensor.numel() == 0:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return _call.allocate(tensor.device, tensor.nbytes).view(tensor.dtype).view(tensor.shape)
 
 
 def poll(wait=False):
