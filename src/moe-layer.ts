@@ -97,7 +97,7 @@ export class MoeLayer implements Disposable {
 
   /** Returns output, or the tensor allocated for it. */
   forward(args: MoeForwardArguments): PyRef {
-    const steps = this.#steps(args)
+    const steps = this.steps(args)
     let step = steps.next()
     while (!step.done) step = steps.next(this.#groupedGemm.call(...step.value))
     return step.value
@@ -108,7 +108,7 @@ export class MoeLayer implements Disposable {
    * GPU in other dtypes than bfloat16. The event loop goes on meanwhile; the arguments must stay as they are until then.
    */
   async forwardAsync(args: MoeForwardArguments): Promise<PyRef> {
-    const steps = this.#steps(args)
+    const steps = this.steps(args)
     let step = steps.next()
     while (!step.done) {
       const product: Promise<PyRef> = this.#groupedGemm.callAsync(...step.value)
@@ -120,8 +120,11 @@ export class MoeLayer implements Disposable {
     return step.value
   }
 
-  /** Yields the arguments of each grouped GEMM, is given its result, and returns the output. */
-  *#steps(args: MoeForwardArguments): Generator<unknown[], PyRef, PyRef> {
+  /**
+   * The same for who computes the matrix products: yields the arguments of epmoe.moe.grouped_gemm (python/epmoe/moe.py) for
+   * each, is given its result, which it disposes, and returns the output.
+   */
+  *steps(args: MoeForwardArguments): Generator<unknown[], PyRef, PyRef> {
     const axes = this.check(args)
     const { hiddenStates, topkIds, topkWeights, sharedOutput, residual } = args
     const output = args.output ?? hiddenStates.method('new_empty', [axes.size('T'), axes.size('H')])

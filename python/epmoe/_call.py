@@ -197,8 +197,8 @@ class _CudaMemory:
 
 
 def allocate(device, nbytes):
-    """CUDA memory beside torch's allocator, which may be asked for during a graph's capture without being part of it, as
-    a uint8 tensor. It is never freed."""
+    """CUDA memory beside torch's, as a uint8 tensor: it may be asked for while a graph is captured, is no part of the
+    graph, and is never freed."""
     address = ctypes.c_void_p()
     c.require(c.library().epmoe_alloc(c.DLDevice(2, device.index), nbytes, ctypes.byref(address)))
     return torch.as_tensor(_CudaMemory(address.value, nbytes), device=device)

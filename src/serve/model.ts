@@ -165,27 +165,36 @@ export class ServedModel {
 
   /** Computes a block's experts and lets the pass go on to the next block, or to its end. */
   async #answer(request: PyRef): Promise<PyRef> {
-    let output: PyRef
-    try {
-      output = await this.#experts(request)
-    } catch (error) {
-      // The pass ends with this error; nothing of it is left behind on Python's side.
-      return this.engine.methodAsync('fail', error instanceof Error ? error.message : String(error))
-    }
-    using given = output
-    return await this.engine.methodAsync('resume', given)
-  }
-
-  async #experts(request: PyRef): Promise<PyRef> {
     using what = request.item(0)
     using hiddenStates = request.item(1)
     using topkIds = request.item(2)
     using topkWeights = request.item(3)
-    const [index, long] = what.toJS() as [number, boolean]
+    const [index, waits] = what.toJS() as [number, boolean]
     const experts = this.#layers[index]!
     const args = { hiddenStates, topkIds, topkWeights }
-    // What is short is sooner done here than handed to another thread and back.
-    return long ? await experts.forwardAsync(args) : experts.forward(args)
+    // A product that waits is the pass's own work: here it would hold up the event loop, and on any third thread torch
+    // would start as many threads again.
+    const steps = waits ? experts.steps(args) : undefined
+    try {
+      for (let product: PyRef | undefined; ; ) {
+        let answer: PyRef | unknown[]
+        let done = true
+        try {
+          if (steps === undefined) answer = experts.forward(args)
+          else ({ value: answer, done = false } = product === undefined ? steps.next() : steps.next(product))
+        } catch (error) {
+          // The pass ends with this error; nothing of it is left behind on Python's side.
+          return await this.engine.methodAsync('fail', error instanceof Error ? error.message : String(error))
+        }
+        const next = await this.engine.methodAsync('resume', answer).finally(() => {
+          if (done) (answer as PyRef).dispose()
+        })
+        if (done) return next
+        product = next
+      }
+    } finally {
+      steps?.return?.(undefined as never)
+    }
   }
 
   #layer(described: PyRef, numerics: 'fp32' | 'triton' | undefined): MoeLayer {

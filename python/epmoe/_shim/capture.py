@@ -132,7 +132,7 @@ class Stage:
 
 
 def _room(tensor):
-    """Memory for a copy, for good: nobody tells when a graph that writes there is gone. Not torch's, which would take it
+    """Memory for a copy, for good: nobody tells when a graph that writes there is gone. Torch's allocator would take it
     from the graph's own on the stream that is captured, and end the capture on another."""
     if tensor.device.type != "cuda" or tensor.numel() == 0:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)

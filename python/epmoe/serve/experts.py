@@ -10,20 +10,19 @@ from epmoe import moe
 
 # Times the original's error.
 WORSE = 2.0
-# Multiplications from which on grouped GEMMs that wait are not for the event loop's thread: about a millisecond.
-LONG = 1 << 22
 
 
 class Experts:
     """Takes the place of the forward function of a model's expert modules.
 
-    In mode ``epmoe``, and in ``shadow`` for passes that are compared, ``ask(((layer, long), hidden, ids, weights))``
-    gives the result; ``long`` is whether its grouped GEMMs make their caller wait for more than about a millisecond.
+    In mode ``epmoe``, and in ``shadow`` for passes that are compared, ``ask(((layer, waits), hidden, ids, weights))``
+    gives the result. ``waits`` is whether grouped GEMMs make their caller wait: then they are done here, by the threads
+    that torch has for the model, and what ``ask`` gives is a GEMM's arguments, a list, for as long as there are any.
     In ``shadow`` the original's is what is served.
     """
 
     def __init__(self, modules, ask):
-        self._ask = ask
+        self._ask, self._product = ask, moe.grouped_gemm
         self.mode = "original"
         self.compared = False
         self._reset()
@@ -62,8 +61,10 @@ class Experts:
     def _asked(self, layer, module, hidden, ids, weights):
         first = module.gate_up_proj
         waits = not (first.is_cuda and moe._has_grouped_mm(first[0], first))
-        long = waits and ids.numel() * (first[0].numel() + module.down_proj[0].numel()) > LONG
-        return self._ask(((layer, long), hidden.contiguous(), ids.contiguous(), weights.contiguous()))
+        answer = self._ask(((layer, waits), hidden.contiguous(), ids.contiguous(), weights.contiguous()))
+        while isinstance(answer, list):
+            answer = self._ask(self._product(*answer))
+        return answer
 
     def _compare(self, module, hidden, ids, weights, original, other):
         """Both against the experts in float64, by the L2 norm relative to the exact result's.
