@@ -5,7 +5,8 @@
 // Options of both: --device cpu | cuda:0 (default: the first GPU), --size small | large (default: large on a GPU, small for
 // soak), --layers N of a large model (default 4).
 import { parseArgs } from 'node:util'
-import { type Device, devices, stats } from 'epmoe'
+import { type Device, devices, startPython, stats } from 'epmoe'
+import { MoeLayer } from '../src/moe-layer.js'
 import { type KernelMode, kernelModes, type ServeOptions, type Server, serve } from '../src/serve/index.js'
 import { type Memory, memoryOf, peakFromNow } from './device-memory.js'
 
@@ -107,6 +108,7 @@ async function compare(server: Server, log: MemoryLog, seconds: number, [prompt,
     log.add(`after the first round, ${mode}`)
   }
   const health = new Health(server)
+  const forward = timeOfForward()
   const rounds: Round[] = []
   for (let pair = 0; performance.now() + pair < end || rounds.length < 4; ) {
     const begin = performance.now()
@@ -134,6 +136,11 @@ async function compare(server: Server, log: MemoryLog, seconds: number, [prompt,
   const ratio = quartiles(pairs.map(([original, epmoe]) => epmoe.tokensPerSecond / original.tokensPerSecond))
   console.log(`epmoe over original, by pairs: ${ratio.map((each) => each.toFixed(3)).join(', ')} (quartiles)`)
   console.log(`/healthz meanwhile: ${health.text()}`)
+  if (forward.calls > 0) {
+    const own = forward.milliseconds / forward.calls
+    console.log(`of a block, ${own.toFixed(2)} ms on the event loop, in moeLayer`)
+  }
+  console.log(`a call that does nothing on Python's thread: ${(await emptyCall()).toFixed(2)} ms there and back`)
   log.print()
 }
 
@@ -222,6 +229,33 @@ async function request(
   })
   const text = await answer.text()
   if (answer.status !== 200) throw new Error(`${answer.status}: ${text}`)
+}
+
+/** What the layers' synchronous calls take from now on, in all. */
+function timeOfForward(): { calls: number; milliseconds: number } {
+  // oxlint-disable-next-line typescript/unbound-method -- called on its layer below
+  const { forward } = MoeLayer.prototype
+  const spent = { calls: 0, milliseconds: 0 }
+  MoeLayer.prototype.forward = function (args) {
+    const begin = performance.now()
+    const output = forward.call(this, args)
+    spent.calls++
+    spent.milliseconds += performance.now() - begin
+    return output
+  }
+  return spent
+}
+
+/** Median, in ms. */
+async function emptyCall(): Promise<number> {
+  using nothing = startPython().eval('lambda: None')
+  const times: number[] = []
+  for (let i = 0; i < 300; i++) {
+    const begin = performance.now()
+    ;(await nothing.callAsync()).dispose()
+    times.push(performance.now() - begin)
+  }
+  return quartiles(times)[1]
 }
 
 /** How long /healthz takes, asked every 20 ms. */
