@@ -21,6 +21,7 @@ class Box:
     """What JavaScript holds: an object it may not touch directly, or the description of a failure.
 
     ``facts`` are the object's address and, of a tensor, its bytes, by which V8 knows what letting go of it would free.
+    A failure has none, which is how JavaScript tells it from the others.
     """
 
     __slots__ = ("facts", "kind", "text", "value")
@@ -28,7 +29,7 @@ class Box:
     def __init__(self, kind, value=None, text=""):
         self.kind = kind
         self.value = value
-        self.facts = f"{id(value)} {_bytes_of(value)}"
+        self.facts = "" if kind == "failure" else f"{id(value)} {_bytes_of(value)}"
         self.text = text
 
 

@@ -16,9 +16,9 @@ export class PyRef implements Disposable {
   readonly #address: number
   readonly #bytes: number
 
-  /** Made by the bridge. */
-  constructor(runtime: Runtime, box: PyObject) {
-    const [address, bytes] = runtime.field(box, 'facts').split(' ').map(Number) as [number, number]
+  /** Made by the bridge, from a box and its `facts`. */
+  constructor(runtime: Runtime, box: PyObject, facts: string) {
+    const [address, bytes] = facts.split(' ').map(Number) as [number, number]
     this.#runtime = runtime
     this.#box = box
     this.#address = address

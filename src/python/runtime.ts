@@ -13,6 +13,8 @@ export class Runtime {
   readonly #call: PyObject
   readonly #clear: PyObject
   readonly #textOf: PyObject
+  readonly #noObjects: PyObject
+  readonly #operations = new Map<string, PyObject>()
   /** Errors thrown by JavaScript functions that Python called, until they come back; Python may also swallow them. */
   readonly #thrown = new Map<string, unknown>()
   #lastToken = 0
@@ -23,6 +25,7 @@ export class Runtime {
     this.#call = bridge.get('call')
     this.#clear = bridge.get('clear')
     this.#textOf = bridge.get('text_of')
+    this.#noObjects = pymport.PyObject.list([])
   }
 
   /** Runs an operation of the bridge and returns its result boxed. */
@@ -30,9 +33,20 @@ export class Runtime {
     const encoder = new Encoder(this)
     const { PyObject } = this.#pymport
     const text = encoder.text(args)
-    const box = this.#call.call(PyObject.string(operation), PyObject.string(text), PyObject.list(encoder.objects))
-    if (this.field(box, 'kind') === 'failure') throw this.#failure(this.field(box, 'text'))
-    return new PyRef(this, box)
+    const objects = encoder.objects.length === 0 ? this.#noObjects : PyObject.list(encoder.objects)
+    const box = this.#call.call(this.#operation(operation), PyObject.string(text), objects)
+    const facts = this.#field(box, 'facts')
+    if (facts === '') throw this.#failure(this.#field(box, 'text'))
+    return new PyRef(this, box, facts)
+  }
+
+  /** Each name as a Python object that is made once: making and finalising one is a good part of a call's time. */
+  #operation(name: string): PyObject {
+    const known = this.#operations.get(name)
+    if (known !== undefined) return known
+    const made = this.#pymport.PyObject.string(name)
+    this.#operations.set(name, made)
+    return made
   }
 
   /** Runs an operation and converts its result. */
@@ -61,8 +75,8 @@ export class Runtime {
     return decode(this.#textOf.call(json.box).toJS() as string)
   }
 
-  /** A string attribute of a box. */
-  field(box: PyObject, name: 'kind' | 'text' | 'facts'): string {
+  /** A string attribute of a box; a failure has no facts. */
+  #field(box: PyObject, name: 'text' | 'facts'): string {
     return box.get(name).toJS() as string
   }
 
@@ -82,7 +96,7 @@ export class Runtime {
   callback(fn: (...args: PyRef[]) => unknown): PyObject {
     return this.#pymport.PyObject.func((request: PyObject) => {
       try {
-        const [args] = [...new PyRef(this, request)] as [PyRef]
+        const [args] = [...new PyRef(this, request, this.#field(request, 'facts'))] as [PyRef]
         this.run('answer', request, fn(...args)).dispose()
       } catch (error) {
         const token = String(++this.#lastToken)
