@@ -115,7 +115,7 @@ class Passes(unittest.TestCase):
         expected = generate(served, {0: self.prompts[1]}, 8, 1000)
         plan = {"mode": "epmoe", "compared": False, "rows": [{"slot": 0, "start": 0, "tokens": [1], "wish": None}]}
         what, hidden, _ids, _weights = served.step(json.dumps(plan))
-        self.assertEqual((what, list(hidden.shape)), ((0, False), [1, 128]))
+        self.assertEqual((what, list(hidden.shape)), ((0, True), [1, 128]))
         with self.assertRaisesRegex(RuntimeError, "on purpose"):
             served.fail("on purpose")
         self.assertEqual(generate(served, {0: self.prompts[1]}, 8, 1000), expected)
