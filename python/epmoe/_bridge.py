@@ -79,6 +79,19 @@ def call(operation, payload, objects):
         _synchronous_calls -= 1
 
 
+def value(operation, payload, objects):
+    """The same for a result that JavaScript converts: it as JSON, or the description of a failure behind a "!"."""
+    global _synchronous_calls
+    _synchronous_calls += 1
+    try:
+        arguments = _decode(json.loads(payload), objects)
+        return json.dumps(_encode(_OPERATIONS[operation](*arguments)))
+    except BaseException as error:
+        return "!" + _failure(error).text
+    finally:
+        _synchronous_calls -= 1
+
+
 def _failure(error):
     try:
         message = str(error)
@@ -177,10 +190,6 @@ def _encode(value):
         f"{type(value).__qualname__} has no JavaScript counterpart; "
         "convert it to numbers, strings, lists or dicts first, or a tensor with Tensor.fromTorch()"
     )
-
-
-def _to_json(value):
-    return json.dumps(_encode(value))
 
 
 def _plain(value):
@@ -344,7 +353,7 @@ _OPERATIONS = {
     "iter": iter,
     "next": _next,
     "repr": repr,
-    "to_json": _to_json,
+    "same": lambda value: value,
     "answer": _answer,
     "fail": _fail,
     "torch_facts": _torch_facts,
@@ -365,11 +374,6 @@ _OPERATIONS = {
     "shutdown": lambda seconds: _executor().shutdown(seconds),
     "abandon": _abandon,
 }
-
-
-def text_of(box):
-    """The string in a box, for results that are text by construction."""
-    return box.value
 
 
 def clear(box):

@@ -130,7 +130,7 @@ function unsupported(value: unknown): EpmoeError {
   })
 }
 
-/** The reverse: what `to_json` wrote. Whole floats stay numbers; integers beyond 2^53 become bigints. */
+/** The reverse: what the bridge wrote. Whole floats stay numbers; integers beyond 2^53 become bigints. */
 export function decode(text: string): unknown {
   return revive(JSON.parse(text) as Node)
 }

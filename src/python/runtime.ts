@@ -12,7 +12,7 @@ export class Runtime {
   readonly #pymport: Pymport
   readonly #call: PyObject
   readonly #clear: PyObject
-  readonly #textOf: PyObject
+  readonly #value: PyObject
   readonly #noObjects: PyObject
   readonly #operations = new Map<string, PyObject>()
   /** Errors thrown by JavaScript functions that Python called, until they come back; Python may also swallow them. */
@@ -24,20 +24,28 @@ export class Runtime {
     this.#pymport = pymport
     this.#call = bridge.get('call')
     this.#clear = bridge.get('clear')
-    this.#textOf = bridge.get('text_of')
+    this.#value = bridge.get('value')
     this.#noObjects = pymport.PyObject.list([])
   }
 
   /** Runs an operation of the bridge and returns its result boxed. */
   run(operation: string, ...args: unknown[]): PyRef {
-    const encoder = new Encoder(this)
-    const { PyObject } = this.#pymport
-    const text = encoder.text(args)
-    const objects = encoder.objects.length === 0 ? this.#noObjects : PyObject.list(encoder.objects)
-    const box = this.#call.call(this.#operation(operation), PyObject.string(text), objects)
+    const box = this.#call.call(...this.#encoded(operation, args))
     const facts = this.#field(box, 'facts')
     if (facts === '') throw this.#failure(this.#field(box, 'text'))
     return new PyRef(this, box, facts)
+  }
+
+  /** What the bridge's functions take: the operation's name, the arguments as text, and the objects that it refers to. */
+  #encoded(operation: string, args: unknown[]): PyObject[] {
+    const encoder = new Encoder(this)
+    const { PyObject } = this.#pymport
+    const text = PyObject.string(encoder.text(args))
+    return [
+      this.#operation(operation),
+      text,
+      encoder.objects.length === 0 ? this.#noObjects : PyObject.list(encoder.objects),
+    ]
   }
 
   /** Each name as a Python object that is made once: making and finalising one is a good part of a call's time. */
@@ -51,8 +59,9 @@ export class Runtime {
 
   /** Runs an operation and converts its result. */
   value(operation: string, ...args: unknown[]): unknown {
-    using result = this.run(operation, ...args)
-    return this.toJS(result)
+    const text = this.#value.call(...this.#encoded(operation, args)).toJS() as string
+    if (text.startsWith('!')) throw this.#failure(text.slice(1))
+    return decode(text)
   }
 
   apply(callable: PyRef, args: unknown[]): PyRef {
@@ -71,8 +80,7 @@ export class Runtime {
   }
 
   toJS(ref: PyRef): unknown {
-    using json = this.run('to_json', ref)
-    return decode(this.#textOf.call(json.box).toJS() as string)
+    return this.value('same', ref)
   }
 
   /** A string attribute of a box; a failure has no facts. */
