@@ -1,7 +1,5 @@
 #include "core/convert.h"
 
-#include <cmath>
-
 #include "core/float16.h"
 #include "core/simd.h"
 
@@ -25,9 +23,13 @@ EPMOE_SIMD void divide(float *out, const float *in, float divisor, int64_t n) {
 }
 
 EPMOE_SIMD float absmax(const float *in, int64_t n) {
-  float most = 0;
-  for (int64_t i = 0; i < n; ++i) most = std::fabs(in[i]) > most ? std::fabs(in[i]) : most;  // false for NaN
-  return most;
+  uint32_t most = 0;  // magnitudes have the order of their bits, of which a maximum needs no order of evaluation
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t magnitude = bit_cast<uint32_t>(in[i]) & 0x7fffffffu;
+    const uint32_t number = magnitude > 0x7f800000u ? 0u : magnitude;
+    most = number > most ? number : most;
+  }
+  return bit_cast<float>(most);
 }
 
 }  // namespace

@@ -7,26 +7,23 @@
 
 namespace epmoe {
 
-// Within about one unit in the last place; 0 below the subnormals, infinity above the largest float, NaN for NaN.
-EPMOE_INLINE float exp_float(float x) {
-  const float clamped = x < -104.0f ? -104.0f : (x > 89.0f ? 89.0f : x);
-  // x = n ln 2 + r, with ln 2 in two parts so that r is exact to the last place.
-  const float shifted = std::fma(clamped, 1.44269504f, 0x1.8p23f);
+// e^-x for x in [0, 110], within about one unit in the last place; 0 where the float's subnormals end, near x = 104.
+EPMOE_INLINE float exp_minus(float x) {
+  // -x log2(e) = n + f, with log2(e) in two parts so that f is exact to the last place.
+  const float shifted = std::fma(x, -0x1.715476p0f, 0x1.8p23f);
   const float n = shifted - 0x1.8p23f;
-  const float r = std::fma(n, -1.42860677e-6f, std::fma(n, -0.693145752f, clamped));
-  float p = 1.0f / 5040.0f;
-  p = std::fma(p, r, 1.0f / 720.0f);
-  p = std::fma(p, r, 1.0f / 120.0f);
-  p = std::fma(p, r, 1.0f / 24.0f);
-  p = std::fma(p, r, 1.0f / 6.0f);
-  p = std::fma(p, r, 0.5f);
-  p = std::fma(p, r * r, r) + 1.0f;
-  // 2^n in two factors, since n reaches beyond the exponents of a float on both sides.
-  const auto whole = static_cast<int32_t>(bit_cast<uint32_t>(shifted) - bit_cast<uint32_t>(0x1.8p23f));
-  const int32_t half = whole / 2;
-  const auto power = [](int32_t e) { return bit_cast<float>(static_cast<uint32_t>(e + 127) << 23); };
-  const float result = p * power(half) * power(whole - half);
-  return x != x ? x : result;
+  const float f = std::fma(x, -0x1.4ae0cp-26f, std::fma(x, -0x1.715476p0f, -n));
+  // 2^f, by the polynomial whose largest relative error over [-1/2, 1/2], 2^-28.5, is least.
+  float p = 0x1.470b4ap-13f;
+  p = std::fma(p, f, 0x1.5f7276p-10f);
+  p = std::fma(p, f, 0x1.3b270ep-7f);
+  p = std::fma(p, f, 0x1.c6ae72p-5f);
+  p = std::fma(p, f, 0x1.ebfbe2p-3f);
+  p = std::fma(p, f, 0x1.62e432p-1f);
+  p = std::fma(p, f, 1.0f);
+  // Times 2^n. The exponent reaches beyond those of a float, so 2^64 too much at first.
+  const uint32_t exponent = (bit_cast<uint32_t>(shifted) + 64u) << 23;
+  return bit_cast<float>(bit_cast<uint32_t>(p) + exponent) * 0x1p-64f;
 }
 
 }  // namespace epmoe

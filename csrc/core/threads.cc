@@ -31,30 +31,62 @@ int default_threads() {
 struct Job {
   const void *body;
   detail::Range range;
-  int64_t count, grain;
+  int64_t count, grain, threads;
   std::atomic<int64_t> next{0};
 
+  // Long ranges first, so that a thread mostly goes on where it was, and short ones last, so that all end together.
   void work() {
-    for (int64_t begin; (begin = next.fetch_add(grain)) < count;) {
-      range(body, begin, begin + grain < count ? begin + grain : count);
+    for (int64_t begin = next.load(); begin < count;) {
+      const int64_t length = std::max(grain, (count - begin) / (3 * threads));
+      const int64_t end = std::min(count, begin + length);
+      if (!next.compare_exchange_weak(begin, end)) continue;
+      range(body, begin, end);
+      begin = next.load();
     }
   }
+};
+
+// A kernel that packs threads onto few processors wakes helpers where the caller runs, to wait there until it is done.
+class Elsewhere {
+ public:
+  // Keeps `threads` off the processor that this call is made on, within those that the caller may use.
+  void keep(const std::vector<std::thread::native_handle_type> &threads) {
+#if defined(__linux__)
+    const int here = sched_getcpu();
+    if (here == avoided_ || here < 0 || here >= CPU_SETSIZE) return;
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) != 0) return;
+    CPU_CLR(here, &set);
+    if (CPU_COUNT(&set) == 0) return;
+    for (const auto thread : threads) pthread_setaffinity_np(thread, sizeof set, &set);
+    avoided_ = here;
+#else
+    (void)threads;
+#endif
+  }
+
+ private:
+  int avoided_ = -1;
 };
 
 class Pool {
  public:
   explicit Pool(int threads) {
-    for (int i = 1; i < threads; ++i) std::thread([this] { serve(); }).detach();
-    helpers_ = threads - 1;
+    for (int i = 1; i < threads; ++i) {
+      std::thread helper([this] { serve(); });
+      helpers_.push_back(helper.native_handle());
+      helper.detach();
+    }
   }
 
   std::mutex &in_use() { return in_use_; }
 
   void run(Job &job) {
+    elsewhere_.keep(helpers_);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       job_ = &job;
-      busy_ = helpers_;
+      busy_ = static_cast<int>(helpers_.size());
       ++generation_;
     }
     start_.notify_all();
@@ -84,7 +116,9 @@ class Pool {
   std::mutex in_use_, mutex_;
   std::condition_variable start_, done_;
   Job *job_ = nullptr;
-  int helpers_ = 0, busy_ = 0;
+  std::vector<std::thread::native_handle_type> helpers_;
+  Elsewhere elsewhere_;
+  int busy_ = 0;
   uint64_t generation_ = 0;
 };
 
@@ -116,11 +150,10 @@ void detail::parallel_ranges(int64_t count, int64_t grain, const void *body, Ran
   if (grain < 1) grain = 1;
   const int threads = epmoe_cpu_threads();
   if (count <= grain || threads == 1) return range(body, 0, count);
-  grain = std::max<int64_t>(grain, count / (12 * threads));
   Pool *workers = pool();
   const std::unique_lock<std::mutex> lock(workers->in_use(), std::try_to_lock);
   if (!lock.owns_lock()) return range(body, 0, count);
-  Job job{body, range, count, grain, {}};
+  Job job{body, range, count, grain, threads, {}};
   workers->run(job);
 }
 

@@ -5,9 +5,9 @@
 
 namespace epmoe {
 
-// Calls body(begin, end) on disjoint ranges that cover [0, count) and returns when all are done. Ranges are as long as
-// leaves every thread a dozen, so that a thread mostly goes on where it was, but no shorter than `grain`. Runs on the
-// calling thread alone when the work is small or the pool is busy with another call. `body` must not throw.
+// Calls body(begin, end) on disjoint ranges that cover [0, count) and returns when all are done. Ranges are a share of
+// what is left, but no shorter than `grain`. Runs on the calling thread alone when the work is small or the pool is
+// busy with another call. `body` must not throw.
 template <typename Body>
 void parallel_for(int64_t count, int64_t grain, const Body &body);
 

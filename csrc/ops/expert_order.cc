@@ -11,81 +11,85 @@
 namespace epmoe::expert_order {
 namespace {
 
-constexpr int64_t kPart = 16384;  // slots that are worth a thread
+constexpr int64_t kPart = 65536;  // slots that are worth a thread
 
-void store(void *data, bool is_int64, int64_t i, int64_t value) {
-  if (is_int64)
-    static_cast<int64_t *>(data)[i] = value;
-  else
-    static_cast<int32_t *>(data)[i] = static_cast<int32_t>(value);
-}
-
+template <typename Id, typename Row>
 class Order {
  public:
-  explicit Order(const Problem &p) : p_(p), buckets_(p.experts + 1) {}
+  explicit Order(const Problem &p)
+      : p_(p),
+        ids_(static_cast<const Id *>(p.topk_ids.data)),
+        src2dst_(static_cast<Row *>(p.src2dst)),
+        reorder_topk_ids_(static_cast<Id *>(p.reorder_topk_ids)),
+        experts_(static_cast<uint64_t>(p.experts)),
+        buckets_(experts_ + 1) {}
 
   void run() {
-    const int64_t parts = std::clamp<int64_t>(p_.slots / kPart, 1, 2 * epmoe_cpu_threads());
+    const int64_t parts = std::clamp<int64_t>(p_.slots / kPart, 1, epmoe_cpu_threads());
     const int64_t each = (p_.slots + parts - 1) / parts;
-    const auto part_of = [&](int64_t part) {
-      return std::pair(std::min(p_.slots, part * each), std::min(p_.slots, (part + 1) * each));
+    std::vector<int64_t> next(static_cast<size_t>(parts) * buckets_);  // [part][bucket]: counts, then rows
+    const auto for_parts = [&](const auto &body) {
+      parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t part = begin; part < end; ++part) {
+          body(std::min(p_.slots, part * each), std::min(p_.slots, (part + 1) * each),
+               next.data() + static_cast<size_t>(part) * buckets_);
+        }
+      });
     };
-    std::vector<int64_t> next(static_cast<size_t>(parts * buckets_));  // [part][bucket]: counts, then positions
-    parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) {
-        const auto [from, to] = part_of(part);
-        for (int64_t i = from; i < to; ++i) ++next[static_cast<size_t>(part * buckets_ + bucket(i))];
-      }
-    });
+    for_parts([&](int64_t from, int64_t to, int64_t *counts) { count(from, to, counts); });
     number(next, parts);
     write_tables();
-    parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) {
-        const auto [from, to] = part_of(part);
-        for (int64_t i = from; i < to; ++i) place(i, next[static_cast<size_t>(part * buckets_ + bucket(i))]++);
-      }
+    for_parts([&](int64_t from, int64_t to, int64_t *rows) {
+      place(from, to, rows);
+      if (reorder_topk_ids_ != nullptr) write_experts(from, to);
     });
     raise();
   }
 
  private:
-  // 0 for -1 and for what is out of range, e + 1 for expert e.
-  int64_t bucket(int64_t slot) {
-    const int64_t id = p_.topk_ids[slot];
-    if (id >= 0 && id < p_.experts) return id + 1;
-    if (id != -1) bad_ids_.report(slot);
-    return 0;
+  // 0 for -1, e + 1 for expert e; more than experts_ for what is out of range, which counts as -1.
+  uint64_t bucket(int64_t slot) const { return static_cast<uint64_t>(static_cast<int64_t>(ids_[slot])) + 1; }
+
+  void count(int64_t from, int64_t to, int64_t *counts) {
+    for (int64_t i = from; i < to; ++i) {
+      uint64_t b = bucket(i);
+      if (b > experts_) {
+        bad_ids_.report(i);
+        b = 0;
+      }
+      ++counts[b];
+    }
   }
 
-  // Turns counts into the position, within its bucket, of each part's first slot; fills the per-bucket tables.
+  // Turns counts into the row of each part's first slot of a bucket; fills the per-bucket tables.
   void number(std::vector<int64_t> &next, int64_t parts) {
-    counts_.resize(static_cast<size_t>(buckets_));
-    before_.resize(static_cast<size_t>(buckets_));
-    first_row_.resize(static_cast<size_t>(buckets_));
-    limit_.assign(static_cast<size_t>(buckets_), INT64_MAX);
+    counts_.resize(buckets_);
+    before_.resize(buckets_);
+    first_row_.resize(buckets_);
+    limit_.assign(buckets_, INT64_MAX);
+    end_row_.resize(buckets_);
     int64_t before = 0;
     int64_t reserved_before = 0;
-    for (int64_t b = 0; b < buckets_; ++b) {
-      int64_t count = 0;
+    for (size_t b = 0; b < buckets_; ++b) {
       for (int64_t part = 0; part < parts; ++part) {
-        int64_t &entry = next[static_cast<size_t>(part * buckets_ + b)];
-        count += std::exchange(entry, count);
+        int64_t &entry = next[static_cast<size_t>(part) * buckets_ + b];
+        counts_[b] += std::exchange(entry, counts_[b]);
       }
-      const auto i = static_cast<size_t>(b);
-      counts_[i] = count;
-      before_[i] = before;
-      before += count;
-      const int64_t expert = b - 1;
+      before_[b] = before;
+      before += counts_[b];
+      const int64_t expert = static_cast<int64_t>(b) - 1;
       if (p_.reserved != nullptr) {
-        first_row_[i] = std::min(reserved_before, p_.row_count);
-        limit_[i] = b == 0 ? 0 : std::max<int64_t>(0, p_.reserved[expert]);
-        reserved_before += limit_[i];
+        first_row_[b] = std::min(reserved_before, p_.row_count);
+        limit_[b] = b == 0 ? 0 : std::max<int64_t>(0, p_.reserved[expert]);
+        reserved_before += limit_[b];
       } else if (p_.m_max > 0) {
-        first_row_[i] = expert * p_.m_max;
-        limit_[i] = b == 0 ? 0 : p_.m_max;
+        first_row_[b] = expert * p_.m_max;
+        limit_[b] = b == 0 ? 0 : p_.m_max;
       } else {
-        first_row_[i] = before_[i] - (p_.drop_negatives ? counts_[0] : 0);
+        first_row_[b] = before_[b] - (p_.drop_negatives ? counts_[0] : 0);
       }
+      end_row_[b] = limit_[b] == INT64_MAX ? p_.row_count : std::min(p_.row_count, first_row_[b] + limit_[b]);
+      for (int64_t part = 0; part < parts; ++part) next[static_cast<size_t>(part) * buckets_ + b] += first_row_[b];
     }
   }
 
@@ -105,19 +109,25 @@ class Order {
     }
   }
 
-  void place(int64_t slot, int64_t position) {
-    const int64_t b = bucket(slot);
-    const auto i = static_cast<size_t>(b);
-    int64_t row = first_row_[i] + position;
-    if (position >= limit_[i] || row >= p_.row_count) {
-      if (b != 0) overflows_.report(slot);
-      row = -1;
+  void place(int64_t from, int64_t to, int64_t *rows) {
+    for (int64_t i = from; i < to; ++i) {
+      const uint64_t b = bucket(i) <= experts_ ? bucket(i) : 0;
+      const int64_t row = rows[b]++;
+      const bool beyond = row >= end_row_[b];
+      if (beyond & (b != 0)) overflows_.report(i);  // as one branch, which is never taken; slots of -1 are many
+      src2dst_[i] = static_cast<Row>(beyond ? -1 : row);
     }
-    store(p_.src2dst, p_.src2dst_int64, slot, row);
-    if (p_.reorder_topk_ids == nullptr) return;
-    int64_t at = before_[i] + position;
-    if (p_.drop_negatives) at = b == 0 ? p_.slots - counts_[0] + position : at - counts_[0];
-    store(p_.reorder_topk_ids, p_.topk_ids.is_int64, at, b - 1);
+  }
+
+  // The experts of rows [from, to): runs, since rows are in order of expert.
+  void write_experts(int64_t from, int64_t to) const {
+    const int64_t dropped = p_.drop_negatives ? counts_[0] : 0;
+    for (size_t b = 0; b < buckets_; ++b) {
+      const int64_t first = b == 0 && p_.drop_negatives ? p_.slots - dropped : before_[b] - dropped;
+      const int64_t begin = std::max(from, first);
+      const int64_t end = std::min(to, first + counts_[b]);
+      if (begin < end) std::fill(reorder_topk_ids_ + begin, reorder_topk_ids_ + end, static_cast<Id>(b) - 1);
+    }
   }
 
   void raise() const {
@@ -138,8 +148,12 @@ class Order {
   }
 
   const Problem &p_;
-  const int64_t buckets_;
-  std::vector<int64_t> counts_, before_, first_row_, limit_;  // by bucket
+  const Id *const ids_;
+  Row *const src2dst_;
+  Id *const reorder_topk_ids_;
+  const uint64_t experts_;
+  const size_t buckets_;
+  std::vector<int64_t> counts_, before_, first_row_, limit_, end_row_;  // by bucket
   Offence bad_ids_, overflows_;
 };
 
@@ -156,6 +170,11 @@ void check_sizes(const Problem &p) {
   }
 }
 
-void run_cpu(const Problem &p) { Order(p).run(); }
+void run_cpu(const Problem &p) {
+  if (p.topk_ids.is_int64)
+    p.src2dst_int64 ? Order<int64_t, int64_t>(p).run() : Order<int64_t, int32_t>(p).run();
+  else
+    p.src2dst_int64 ? Order<int32_t, int64_t>(p).run() : Order<int32_t, int32_t>(p).run();
+}
 
 }  // namespace epmoe::expert_order

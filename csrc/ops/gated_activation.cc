@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 #include <string>
-#include <vector>
 
 #include "core/convert.h"
 #include "core/error.h"
@@ -24,65 +23,40 @@ constexpr const char *kNumericsChoices[] = {"fp32", "triton"};
 // one that rounds less: for positive g what is taken away from 1, where 1 + e would drop the last bits of e.
 template <Function kFunction>
 EPMOE_INLINE float activate(float g) {
-  const float size = std::fabs(g);
-  const float finite = size < 110.0f ? size : 110.0f;  // beyond, exp is 0 anyway
+  constexpr float kEnd = 110.0f;  // beyond, exp is 0 anyway
+  const float size = std::fabs(g) < kEnd ? std::fabs(g) : kEnd;
   float power;
   if constexpr (kFunction == kSilu) {
-    power = exp_float(-finite);
+    power = exp_minus(size);
   } else {
     // exp magnifies the error of its argument, so 2u is kept in two parts: p, and the little that p lacks.
-    const float inner = std::fma(0.044715f * finite * finite, finite, finite);
+    const float inner = std::fma(0.044715f * size * size, size, size);
     const float p = inner * kTwoAlpha;
     const float lacking = std::fma(inner, kTwoAlphaRest, std::fma(inner, kTwoAlpha, -p));
-    power = exp_float(-p);
+    power = exp_minus(p < kEnd ? p : kEnd);
     power = std::fma(power, -lacking, power);
   }
   const float away = power / (1.0f + power);
-  return g > 0.0f ? (away == 0.0f ? g : std::fma(-g, away, g)) : g * away;
+  return g > 0.0f ? std::fma(-size, away, g) : g * away;
 }
 
-#define EPMOE_ACTIVATION_LOOPS(Element, suffix)                                                                       \
-  template <Function kFunction>                                                                                       \
-  EPMOE_INLINE void product(Element, float *out, const Element::Storage *gate, const Element::Storage *up,            \
-                            int64_t n) {                                                                              \
-    for (int64_t i = 0; i < n; ++i) out[i] = activate<kFunction>(Element::widen(gate[i])) * Element::widen(up[i]);    \
-  }                                                                                                                   \
-  template <Function kFunction>                                                                                       \
-  EPMOE_INLINE void product_rounded(Element, float *out, const Element::Storage *gate, const Element::Storage *up,    \
-                                    int64_t n) {                                                                      \
-    for (int64_t i = 0; i < n; ++i) {                                                                                 \
-      const float g = Element::widen(Element::narrow(activate<kFunction>(Element::widen(gate[i]))));                  \
-      out[i] = Element::widen(Element::narrow(g * Element::widen(up[i])));                                            \
-    }                                                                                                                 \
-  }                                                                                                                   \
-  EPMOE_SIMD void silu_##suffix(float *out, const Element::Storage *gate, const Element::Storage *up, bool rounded,   \
-                                int64_t n) {                                                                          \
-    if (rounded)                                                                                                      \
-      product_rounded<kSilu>(Element(), out, gate, up, n);                                                            \
-    else                                                                                                              \
-      product<kSilu>(Element(), out, gate, up, n);                                                                    \
-  }                                                                                                                   \
-  EPMOE_SIMD void gelu_##suffix(float *out, const Element::Storage *gate, const Element::Storage *up, bool rounded,   \
-                                int64_t n) {                                                                          \
-    if (rounded)                                                                                                      \
-      product_rounded<kGelu>(Element(), out, gate, up, n);                                                            \
-    else                                                                                                              \
-      product<kGelu>(Element(), out, gate, up, n);                                                                    \
-  }                                                                                                                   \
-  EPMOE_SIMD void scale_rounded_##suffix(float *x, float factor, int64_t n) {                                         \
-    for (int64_t i = 0; i < n; ++i) x[i] = Element::widen(Element::narrow(x[i] * factor));                            \
-  }                                                                                                                   \
-  inline void activate_row(Element, Function f, float *out, const Element::Storage *gate, const Element::Storage *up, \
-                           bool rounded, int64_t n) {                                                                 \
-    (f == kSilu ? silu_##suffix : gelu_##suffix)(out, gate, up, rounded, n);                                          \
-  }                                                                                                                   \
-  inline void scale_rounded(Element, float *x, float factor, int64_t n) { scale_rounded_##suffix(x, factor, n); }
+EPMOE_SIMD void silu(float *out, const float *gate, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = activate<kSilu>(gate[i]);
+}
+EPMOE_SIMD void gelu(float *out, const float *gate, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = activate<kGelu>(gate[i]);
+}
+EPMOE_SIMD void multiply(float *out, const float *by, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] *= by[i];
+}
+EPMOE_SIMD void multiply(float *out, float by, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] *= by;
+}
 
-EPMOE_ACTIVATION_LOOPS(Float32, float32)
-EPMOE_ACTIVATION_LOOPS(Float16, float16)
-EPMOE_ACTIVATION_LOOPS(BFloat16, bfloat16)
+constexpr int64_t kColumns = 512;      // at a time: both halves as float32 stay in the first cache
+constexpr int64_t kBytesAhead = 4096;  // of the rows, hinted: two short streams are too little for the prefetcher
+static_assert(kColumns % quantize::kGroupSize == 0);
 
-template <typename Element>
 class Activation {
  public:
   explicit Activation(const Problem &p) : p_(p) {}
@@ -91,7 +65,6 @@ class Activation {
     const int64_t each = p_.masked_m == nullptr ? p_.rows : p_.rows / p_.experts;
     parallel_for(p_.rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, p_.width)),
                  [&](int64_t begin, int64_t end) {
-                   std::vector<float> scratch(static_cast<size_t>(p_.width));
                    for (int64_t row = begin; row < end; ++row) {
                      if (p_.masked_m != nullptr && row % each >= p_.masked_m[row / each]) continue;
                      int64_t expert = 0;
@@ -104,7 +77,8 @@ class Activation {
                          continue;
                        }
                      }
-                     move(row, expert, scratch.data());
+                     const float *scale = p_.scales == nullptr ? nullptr : p_.scales + expert;
+                     for (int64_t column = 0; column < p_.width; column += kColumns) move(row, column, scale);
                    }
                  });
     if (bad_ids_.any()) {
@@ -122,25 +96,49 @@ class Activation {
   }
 
  private:
-  using Storage = typename Element::Storage;
-
-  void move(int64_t row, int64_t expert, float *y) const {
-    const Storage *gate = static_cast<const Storage *>(p_.input) + row * 2 * p_.width;
+  // Up to kColumns columns of a row.
+  void move(int64_t row, int64_t column, const float *scale) const {
+    const int64_t n = std::min(kColumns, p_.width - column);
     const bool rounded = p_.numerics == kTriton;
-    activate_row(Element(), p_.function, y, gate, gate + p_.width, rounded, p_.width);
-    if (p_.scales != nullptr) {
-      const float scale = p_.scales[expert];
-      if (rounded)
-        scale_rounded(Element(), y, Element::widen(Element::narrow(1.0f / scale)), p_.width);
-      else
-        divide_row(y, y, scale, p_.width);
+    float y[kColumns], up_scratch[kColumns];
+    const float *gate = input(y, row * 2 * p_.width + column, n);
+    const float *up = input(up_scratch, (row * 2 + 1) * p_.width + column, n);
+    (p_.function == kSilu ? silu : gelu)(y, gate, n);
+    if (rounded) round(y, n);
+    multiply(y, up, n);
+    if (rounded) round(y, n);
+    if (scale != nullptr && rounded) {
+      float factor = 1.0f / *scale;
+      round(&factor, 1);
+      multiply(y, factor, n);
+      round(y, n);
+    } else if (scale != nullptr) {
+      divide_row(y, y, *scale, n);
     }
     if (p_.quantises) {
-      quantize::divide_by_scales(y, y, p_.width, quantize::kGroupSize, p_.power_of_two, rounded,
-                                 p_.output_scales + row * p_.groups);
+      quantize::divide_by_scales(y, y, n, quantize::kGroupSize, p_.power_of_two, rounded,
+                                 p_.output_scales + row * p_.groups + column / quantize::kGroupSize);
     }
-    narrow_row(static_cast<char *>(p_.output) + row * p_.width * itemsize(p_.output_dtype), y, p_.output_dtype,
-               p_.width);
+    const int64_t at = row * p_.width + column;
+    narrow_row(static_cast<char *>(p_.output) + at * itemsize(p_.output_dtype), y, p_.output_dtype, n);
+  }
+
+  // Elements [at, at + n) of the input as float32.
+  const float *input(float *scratch, int64_t at, int64_t n) const {
+    const int64_t size = itemsize(p_.input_dtype);
+    const char *data = static_cast<const char *>(p_.input) + at * size;
+    const int64_t left = (p_.rows * 2 * p_.width - at) * size;
+    for (int64_t i = kBytesAhead; i < std::min(left, kBytesAhead + n * size); i += 64) __builtin_prefetch(data + i);
+    if (p_.input_dtype == EPMOE_FLOAT32) return reinterpret_cast<const float *>(data);
+    widen_row(scratch, data, p_.input_dtype, n);
+    return scratch;
+  }
+
+  void round(float *x, int64_t n) const {
+    if (p_.input_dtype == EPMOE_FLOAT32) return;
+    uint16_t rounded[kColumns];
+    narrow_row(rounded, x, p_.input_dtype, n);
+    widen_row(x, rounded, p_.input_dtype, n);
   }
 
   const Problem &p_;
@@ -242,15 +240,6 @@ Problem problem_of(const Call &call, Function function) {
   return p;
 }
 
-void run_cpu(const Problem &p) {
-  switch (p.input_dtype) {
-    case EPMOE_FLOAT32:
-      return Activation<Float32>(p).run();
-    case EPMOE_FLOAT16:
-      return Activation<Float16>(p).run();
-    default:
-      return Activation<BFloat16>(p).run();
-  }
-}
+void run_cpu(const Problem &p) { Activation(p).run(); }
 
 }  // namespace epmoe::gated_activation
