@@ -121,6 +121,8 @@ export class ServedModel {
   readonly #weights: PyRef[]
   readonly #shadowEvery: number
   #passes = 0
+  #rung: () => void = () => undefined
+  readonly #unlisten: () => void
 
   private constructor(engine: PyRef, facts: ModelFacts, options: ModelOptions & { slots: number }) {
     this.engine = engine
@@ -131,6 +133,7 @@ export class ServedModel {
     this.#weights = []
     using described = engine.method('layers')
     this.#layers = [...described].map((each) => this.#layer(each, options.numerics))
+    this.#unlisten = startPython().listen(() => this.#rung())
   }
 
   /** Reads or makes the model; the event loop goes on. */
@@ -154,12 +157,30 @@ export class ServedModel {
   async step(rows: PassRow[]): Promise<PassResult> {
     const compared = this.mode === 'shadow' && this.#passes % this.#shadowEvery === 0
     this.#passes++
-    let event = await this.engine.methodAsync('step', JSON.stringify({ mode: this.mode, compared, rows }))
+    let event = await this.#next('step', JSON.stringify({ mode: this.mode, compared, rows }))
     for (;;) {
       using current = event
       const result = current.plain()
       if (result !== undefined) return JSON.parse(result.value as string) as PassResult
       event = await this.#answer(current)
+    }
+  }
+
+  /** Tells the pass something, and resolves with what it comes to next. */
+  async #next(method: 'step' | 'resume' | 'fail', what: unknown): Promise<PyRef> {
+    this.engine.method(method, what).dispose()
+    const alive = setInterval(() => undefined, 2 ** 30) // the bell keeps no process alive
+    try {
+      for (;;) {
+        const rung = new Promise<void>((resolve) => {
+          this.#rung = resolve
+        })
+        using news = this.engine.method('take')
+        if (news.length > 0) return news.item(0)
+        await rung
+      }
+    } finally {
+      clearInterval(alive)
     }
   }
 
@@ -184,9 +205,9 @@ export class ServedModel {
           else ({ value: answer, done = false } = product === undefined ? steps.next() : steps.next(product))
         } catch (error) {
           // The pass ends with this error; nothing of it is left behind on Python's side.
-          return await this.engine.methodAsync('fail', error instanceof Error ? error.message : String(error))
+          return await this.#next('fail', error instanceof Error ? error.message : String(error))
         }
-        const next = await this.engine.methodAsync('resume', answer).finally(() => {
+        const next = await this.#next('resume', answer).finally(() => {
           if (done) (answer as PyRef).dispose()
         })
         if (done) return next
@@ -213,6 +234,7 @@ export class ServedModel {
 
   /** Lets go of the model. No pass may be under way. */
   async close(): Promise<void> {
+    this.#unlisten()
     for (const each of [...this.#layers, ...this.#weights]) each.dispose()
     const closed = await this.engine.methodAsync('close')
     closed.dispose()

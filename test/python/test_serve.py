@@ -3,6 +3,7 @@
 import copy
 import json
 import unittest
+from unittest import mock
 
 try:
     import transformers
@@ -34,6 +35,12 @@ class Sequence:
         self.slot, self.tokens, self.start, self.out = slot, list(prompt), 0, []
 
 
+def passed(served, plan):
+    """A pass that asks for nothing."""
+    served.step(json.dumps(plan))
+    return json.loads(*served.take(wait=True))
+
+
 def generate(served, prompts, count, chunk):
     """``count`` tokens for each prompt; parts of prompts of ``chunk`` tokens and single tokens share passes."""
     sequences = [Sequence(slot, prompt) for slot, prompt in prompts.items()]
@@ -44,7 +51,7 @@ def generate(served, prompts, count, chunk):
             whole = len(part) == len(each.tokens)
             wish = {**GREEDY, "first": not each.out} if whole else None
             rows.append({"slot": each.slot, "start": each.start, "tokens": part, "wish": wish})
-        told = iter(json.loads(served.step(json.dumps({"mode": "original", "compared": False, "rows": rows})))["rows"])
+        told = iter(passed(served, {"mode": "original", "compared": False, "rows": rows})["rows"])
         for each, row in zip(active, rows, strict=True):
             each.start += len(row["tokens"])
             each.tokens = each.tokens[len(row["tokens"]) :]
@@ -104,7 +111,7 @@ class Passes(unittest.TestCase):
         generate(served, {0: self.prompts[3], 1: self.prompts[3][::-1]}, 2, 1000)
         row = {"tokens": [7], "wish": {**GREEDY, "first": True, "logprobs": 5}}
         told = [
-            json.loads(served.step(json.dumps({"mode": "original", "compared": False, "rows": [{**row, **place}]})))
+            passed(served, {"mode": "original", "compared": False, "rows": [{**row, **place}]})
             for place in ({"slot": 0, "start": 20}, {"slot": 1, "start": 20}, {"slot": 0, "start": 19})
         ]
         self.assertEqual(len({each["rows"][0]["logprob"] for each in told}), 3)
@@ -114,10 +121,12 @@ class Passes(unittest.TestCase):
         served = engine("qwen3-moe")
         expected = generate(served, {0: self.prompts[1]}, 8, 1000)
         plan = {"mode": "epmoe", "compared": False, "rows": [{"slot": 0, "start": 0, "tokens": [1], "wish": None}]}
-        what, hidden, _ids, _weights = served.step(json.dumps(plan))
+        served.step(json.dumps(plan))
+        ((what, hidden, _ids, _weights),) = served.take(wait=True)
         self.assertEqual((what, list(hidden.shape)), ((0, True), [1, 128]))
         with self.assertRaisesRegex(RuntimeError, "on purpose"):
             served.fail("on purpose")
+            served.take(wait=True)
         self.assertEqual(generate(served, {0: self.prompts[1]}, 8, 1000), expected)
         served.close()
         with self.assertRaisesRegex(RuntimeError, "closed"):
@@ -215,23 +224,35 @@ class Text(unittest.TestCase):
 @unittest.skipIf(MISSING, MISSING)
 class Handing(unittest.TestCase):
     def test_a_call_rests_and_goes_on(self):
-        handoff = Handoff(torch.no_grad)
+        rung = mock.MagicMock()
+        handoff = Handoff(torch.no_grad, rung)
+        self.assertIsNone(handoff.take())
 
         def work(a):
             self.assertFalse(torch.is_grad_enabled())
             return handoff.ask(a + 1) * handoff.ask(a + 2)
 
-        self.assertEqual(handoff.run(work, 1), ("asked", 2))
-        self.assertEqual(handoff.resume(10), ("asked", 3))
-        self.assertEqual(handoff.resume(5), ("done", 50))
-        with self.assertRaises(ZeroDivisionError):
-            handoff.run(lambda: 1 // 0)
         handoff.run(work, 1)
+        self.assertEqual(handoff.take(wait=True), ("asked", 2))
+        handoff.answer(10)
+        self.assertEqual(handoff.take(wait=True), ("asked", 3))
+        handoff.answer(5)
+        self.assertEqual(handoff.take(wait=True), ("done", 50))
+        self.assertIsNone(handoff.take())
+        handoff.run(lambda: 1 // 0)
+        with self.assertRaises(ZeroDivisionError):
+            handoff.take(wait=True)
+        handoff.run(work, 1)
+        handoff.take(wait=True)
         with self.assertRaisesRegex(KeyError, "no"):
             handoff.fail(KeyError("no"))
-        self.assertEqual(handoff.run(lambda: 7), ("done", 7))
+            handoff.take(wait=True)
+        handoff.run(lambda: 7)
+        self.assertEqual(handoff.take(wait=True), ("done", 7))
         handoff.run(work, 1)
+        handoff.take(wait=True)
         handoff.close()
+        self.assertEqual(rung.call_count, 8)
 
 
 @unittest.skipIf(MISSING, MISSING)

@@ -5,6 +5,7 @@ import json
 
 import torch
 
+from epmoe._executor import ring
 from epmoe.serve import models, sampling
 from epmoe.serve.experts import Experts, elapsed, mark
 from epmoe.serve.handoff import Handoff
@@ -17,10 +18,9 @@ _NOTHING = contextlib.nullcontext()
 
 
 class Engine:
-    """Everything but :meth:`layers` is called on the executor's thread, one call after the other.
-
-    A pass is :meth:`step`, and :meth:`resume` or :meth:`fail` for as long as these return a request for experts:
-    see :class:`Experts`. The last of them returns the pass's result, a JSON text.
+    """A pass begins with :meth:`step`. JavaScript is rung when :meth:`take` has something: a request for experts, see
+    :class:`Experts`, to be met by :meth:`resume` or :meth:`fail`, and at last the pass's result, a JSON text. None of
+    these waits; the others may.
     """
 
     def __init__(self, options):
@@ -29,7 +29,7 @@ class Engine:
             options["model"], options["device"], options["dtype"], options["seed"], options["config"]
         )
         self.context = min(options["context"], self.model.config.get_text_config().max_position_embeddings)
-        self.handoff = Handoff(self._context_of_passes)
+        self.handoff = Handoff(self._context_of_passes, ring)
         self.modules = models.experts_of(self.model)
         self.experts = Experts(self.modules, self.handoff.ask)
         self.cache = SlotCache(options["slots"], self.context)
@@ -79,20 +79,22 @@ class Engine:
         A row has its slot, the position of its first token, tokens, and, if a token is to be sampled behind the last,
         a wish: see :func:`sampling.sample`; ``logprobs`` is how many alternatives are asked for, or absent.
         """
-        return self._next(*self.handoff.run(self._pass, json.loads(plan)))
+        self.handoff.run(self._pass, json.loads(plan))
 
     def resume(self, output):
-        return self._next(*self.handoff.resume(output))
+        self.handoff.answer(output)
 
     def fail(self, message):
-        return self._next(*self.handoff.fail(RuntimeError(message)))
+        self.handoff.fail(RuntimeError(message))
+
+    def take(self, wait=False):
+        """A list of what is next in the pass; empty where that is not known yet."""
+        event = self.handoff.take(wait)
+        return [] if event is None else [event[1]]
 
     def close(self):
         self.handoff.close()
         self.cache = self.model = self.modules = None
-
-    def _next(self, kind, value):
-        return value
 
     def _pass(self, plan):
         self.experts.begin(plan["mode"], plan["compared"])
