@@ -47,26 +47,28 @@ void gather_slots(const Problem &p, int64_t token, std::vector<Slot> &slots, Off
 
 constexpr int64_t kColumns = 1024;     // what a thread takes of a token at a time
 constexpr int64_t kStrip = 64;         // columns whose sums stay in registers
-constexpr int64_t kBytesAhead = 1024;  // of each row, hinted before they are needed: rows lie anywhere
+constexpr int64_t kBytesAhead = 8192;  // of a token's rows together, hinted before they are needed: rows lie anywhere
 
 // Up to kColumns columns of a token's rows, in column strips over all rows, so that each is a stream of its own.
-// `ahead` is how many columns of the rows there are to hint.
+// `ahead` columns before they are needed they are hinted; after the `left` that the rows have, the next token's rows.
 template <typename Element>
 struct Rows {
   const typename Element::Storage *const *data;
+  const typename Element::Storage *const *next;
   const float *weights;
-  int64_t count, ahead;
+  int64_t count, ahead, left;
 };
 
 template <typename Element>
 EPMOE_INLINE void sum_strip(const Rows<Element> &rows, float *sum, int64_t i, int64_t n) {
-  constexpr int64_t kAhead = kBytesAhead / static_cast<int64_t>(sizeof(typename Element::Storage));
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(typename Element::Storage));
   for (int64_t j = 0; j < n; ++j) sum[j] = 0.0f;
   for (int64_t k = 0; k < rows.count; ++k) {
     const auto *row = rows.data[k] + i;
     const float weight = rows.weights[k];
-    for (int64_t j = kAhead; j < kAhead + n && i + j < rows.ahead; j += kLine) __builtin_prefetch(row + j);
+    const int64_t beyond = i + rows.ahead - rows.left;
+    const auto *hint = beyond < 0 ? row + rows.ahead : rows.next[k] + beyond;
+    for (int64_t j = 0; j < n; j += kLine) __builtin_prefetch(hint + j);
     for (int64_t j = 0; j < n; ++j) sum[j] = std::fma(Element::widen(row[j]), weight, sum[j]);
   }
 }
@@ -108,11 +110,11 @@ EPMOE_GATHER_SUM_LOOPS(Float32, float32)
 EPMOE_GATHER_SUM_LOOPS(Float16, float16)
 EPMOE_GATHER_SUM_LOOPS(BFloat16, bfloat16)
 
-// What a thread has at hand for a token.
+// What a thread has at hand for a token, and for the one after it.
 template <typename Element>
 struct Scratch {
-  std::vector<Slot> slots;
-  std::vector<const typename Element::Storage *> rows;
+  std::vector<Slot> slots, next_slots;
+  std::vector<const typename Element::Storage *> rows, next_rows;
   std::vector<float> weights;
 };
 
@@ -124,16 +126,23 @@ void sum_columns(const Problem &p, Scratch<Element> &s, int64_t token, int64_t c
   const auto *residual = static_cast<const Storage *>(p.residual);
   const int64_t at = token * p.hidden + column;
   Storage *out = static_cast<Storage *>(p.output) + at;
+  const auto *rows = static_cast<const Storage *>(p.rows);
   s.rows.clear();
+  s.next_rows.clear();
   s.weights.clear();
-  for (const Slot &slot : s.slots) {
-    s.rows.push_back(static_cast<const Storage *>(p.rows) + slot.row * p.hidden + column);
-    s.weights.push_back(slot.weight);
+  for (size_t k = 0; k < s.slots.size(); ++k) {
+    const Slot &after = k < s.next_slots.size() ? s.next_slots[k] : s.slots[k];
+    s.rows.push_back(rows + s.slots[k].row * p.hidden + column);
+    s.next_rows.push_back(rows + after.row * p.hidden);
+    s.weights.push_back(s.slots[k].weight);
   }
   if (p.numerics == kFp32) {
     float acc[kColumns];
     const auto count = static_cast<int64_t>(s.slots.size());
-    sum_rows(Element(), acc, Rows<Element>{s.rows.data(), s.weights.data(), count, p.hidden - column}, n);
+    const int64_t bytes_ahead = std::clamp<int64_t>(kBytesAhead / p.topk, 512, 4096);
+    const int64_t ahead = std::min(p.hidden, bytes_ahead / static_cast<int64_t>(sizeof(Storage)));
+    const Rows<Element> r{s.rows.data(), s.next_rows.data(), s.weights.data(), count, ahead, p.hidden - column};
+    sum_rows(Element(), acc, r, n);
     float factor = p.factor;
     for (const Storage *addend : {shared, residual}) {
       if (addend == nullptr) continue;
@@ -166,12 +175,17 @@ void run_typed(const Problem &p) {
   const bool streams = exceeds_caches(p.tokens * p.hidden * itemsize(p.dtype));
   parallel_for(p.tokens * blocks, grain, [&](int64_t begin, int64_t end) {
     Scratch<Element> scratch;
-    int64_t gathered = -1;
+    int64_t gathered = -1;  // the token whose slots are the next ones
     for (int64_t work = begin; work < end; ++work) {
       const int64_t token = work / blocks;
       const int64_t column = work % blocks * kColumns;
-      if (token != gathered) gather_slots<Element>(p, token, scratch.slots, offence);
-      gathered = token;
+      if (gathered != token + 1) {
+        if (gathered != token) gather_slots<Element>(p, token, scratch.next_slots, offence);
+        scratch.slots.swap(scratch.next_slots);
+        scratch.next_slots.clear();
+        gathered = token + 1;
+        if (gathered < p.tokens) gather_slots<Element>(p, gathered, scratch.next_slots, offence);
+      }
       sum_columns<Element>(p, scratch, token, column, std::min(kColumns, p.hidden - column), streams);
     }
     if (streams) stream_end();
