@@ -168,20 +168,26 @@ export class ServedModel {
 
   /** Tells the pass something, and resolves with what it comes to next. */
   async #next(method: 'step' | 'resume' | 'fail', what: unknown): Promise<PyRef> {
-    this.engine.method(method, what).dispose()
     const alive = setInterval(() => undefined, 2 ** 30) // the bell keeps no process alive
     try {
+      let rung = this.#ring()
+      this.engine.method(method, what).dispose()
       for (;;) {
-        const rung = new Promise<void>((resolve) => {
-          this.#rung = resolve
-        })
+        // Asking before it has rung would mean to wait for Python while the pass is at work in it.
+        await rung
+        rung = this.#ring()
         using news = this.engine.method('take')
         if (news.length > 0) return news.item(0)
-        await rung
       }
     } finally {
       clearInterval(alive)
     }
+  }
+
+  #ring(): Promise<void> {
+    return new Promise((resolve) => {
+      this.#rung = resolve
+    })
   }
 
   /** Computes a block's experts and lets the pass go on to the next block, or to its end. */
