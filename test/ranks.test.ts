@@ -144,7 +144,7 @@ const fates: Record<string, { code: string; message: RegExp; victim?: number; sc
   freezes: { code: 'ERR_RANK_LOST', message: /rank 1 has given no sign of life for \d/ },
   'ends early': { code: 'ERR_RANK_LOST', message: /rank 1 left the job after call 3/ },
   throws: { code: 'ERR_RANK_LOST', message: /rank 1 left the job after call 3/ },
-  'does not come': { code: 'ERR_RANK_LATE', message: /rank 1 \(has come to call 3\)/ },
+  'does not come': { code: 'ERR_RANK_LATE', message: /within 8 s, received rank 1 has come to call 3 only/ },
   'fails in the middle': { code: 'ERR_RANK_LOST', message: /rank 1 failed in call 4: experts on fire/ },
 }
 

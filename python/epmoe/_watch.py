@@ -63,23 +63,24 @@ class Watch:
         """To be called while waiting: raises when a rank is lost, or when the deadline has passed."""
         lost = self.lost()
         if lost:
-            raise self.fail(_lost(lost, self.calls))
+            raise self.fail(self._lost(lost, self.calls))
         if time.monotonic() > deadline:
-            raise self.fail(self._late())
+            raise self.fail(self._late(self.calls))
 
     def diagnose(self, error):
         """The error for a collective that failed: waits until it is known which rank is to blame."""
         until = time.monotonic() + self.patience + 2 * self.interval
         while not (lost := self.lost()) and time.monotonic() < until:
             time.sleep(self.interval / 4)
-        return self.fail(_lost(lost or {-1: f"nobody is silent, but: {error}"}, self.calls))
+        return self.fail(self._lost(lost or {-1: f"nobody is silent, but: {error}"}, self.calls))
 
     def fail(self, error, blame=None):
         """Marks this rank as one that takes part in nothing more, tells the others, and returns the error."""
         if self.broken is None:
             self.broken = error
             blame = blame or getattr(error, "blame", None) or {self.rank: f"failed: {error}"}
-            self._state = {"state": "failed", "blame": {str(rank): why for rank, why in blame.items()}}
+            told = {str(rank): why for rank, why in blame.items()}
+            self._state = {"state": "failed", "blame": told, "late": error.code == "ERR_RANK_LATE"}
             self._beat()
         return error
 
@@ -156,7 +157,7 @@ class Watch:
         waited = time.monotonic() - since
         lost = self.lost()
         if (lost and waited > self.patience) or (waited > self.timeout and self._behind()):
-            error = self.fail(_lost(lost, calls) if lost else self._late())
+            error = self.fail(self._lost(lost, calls) if lost else self._late(calls))
             print(f"epmoe: rank {self.rank} ends: {error}", file=sys.stderr, flush=True)
             with contextlib.suppress(Exception):
                 sys.stdout.flush()
@@ -165,31 +166,53 @@ class Watch:
     def _behind(self):
         return [rank for rank, peer in self._peers.items() if peer.calls < self.calls]
 
-    def _late(self):
-        behind = self._behind()
-        where = [f"rank {rank} (has come to {_calls(self._peers[rank].calls)})" for rank in behind]
+    def _lost(self, lost, call):
+        """The error for :meth:`lost`. A rank that another one has waited for in vain is late here too."""
+        told = [peer for peer in self._peers.values() if peer.state == "failed"]
+        late = bool(told) and all(peer.late for peer in told)
+        return self._error("ERR_RANK_LATE" if late else "ERR_RANK_LOST", lost, call)
+
+    def _late(self, call):
+        why = {rank: f"has come to {_calls(self._peers[rank].calls)} only" for rank in self._behind()}
+        return self._error("ERR_RANK_LATE", why or {-1: "a collective that does not end"}, call)
+
+    def _error(self, code, blame, call):
+        expected, hint = _EXPECTED[code]
         error = EpmoeError(
-            "ERR_RANK_LATE",
+            code,
             op="expert_parallel",
-            expected=f"every rank in call {self.calls} within {self.timeout:g} s",
-            received=f"nothing from {', '.join(where)}" if where else "a collective that does not end",
-            hint="Every rank calls its layers equally often, in one order; a longer timeout gives them more time",
+            expected=expected.format(call=call, timeout=self.timeout),
+            received=", ".join(why if rank < 0 else f"rank {rank} {why}" for rank, why in sorted(blame.items())),
+            hint=hint,
         )
-        error.blame = {rank: f"did not come to call {self.calls} within {self.timeout:g} s" for rank in behind}
+        error.blame = blame
         return error
+
+
+_EXPECTED = {
+    "ERR_RANK_LOST": (
+        "every rank in call {call}",
+        "The job cannot go on: end every rank and start it again; torchrun does so with --max-restarts",
+    ),
+    "ERR_RANK_LATE": (
+        "every rank in call {call} within {timeout:g} s",
+        "Every rank calls its layers equally often, in one order; a longer timeout gives them more time",
+    ),
+}
 
 
 class _Peer:
     """What is known of another rank."""
 
     def __init__(self):
-        self.seen, self.beats, self.calls, self.state, self.blame = time.monotonic(), 0, 0, "alive", {}
+        self.seen, self.beats, self.calls = time.monotonic(), 0, 0
+        self.state, self.blame, self.late = "alive", {}, False
 
     def read(self, record):
         if record["beats"] != self.beats:
             self.seen = time.monotonic()
         self.beats, self.calls, self.state = record["beats"], record["calls"], record["state"]
-        self.blame = record.get("blame", {})
+        self.blame, self.late = record.get("blame", {}), record.get("late", False)
 
 
 def _is_done(event):
@@ -197,19 +220,6 @@ def _is_done(event):
         return event.query()
     except Exception:  # the work has failed, which whoever waits for it is told
         return True
-
-
-def _lost(lost, call):
-    whys = ", ".join(why if rank < 0 else f"rank {rank} {why}" for rank, why in sorted(lost.items()))
-    error = EpmoeError(
-        "ERR_RANK_LOST",
-        op="expert_parallel",
-        expected=f"every rank in call {call}",
-        received=whys,
-        hint="The job cannot go on: end every rank and start it again; torchrun does so with --max-restarts",
-    )
-    error.blame = lost
-    return error
 
 
 def _calls(count):

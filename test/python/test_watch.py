@@ -58,8 +58,15 @@ class WatchTest(unittest.TestCase):
             self.watches[rank].enter()
         error = self.error_of(0)
         self.assertEqual(error.code, "ERR_RANK_LATE")
-        self.assertIn("rank 1 (has come to no call)", str(error))
+        self.assertIn("rank 1 has come to no call only", str(error))
         self.assertNotIn("rank 2", str(error))
+
+    def test_who_is_told_that_a_rank_is_late_says_so_too(self):
+        for rank in (0, 2):
+            self.watches[rank].enter()
+        first = self.error_of(0, seconds=0)
+        told = self.error_of(2, seconds=60)
+        self.assertEqual((told.code, str(told)), (first.code, str(first)))
 
     def test_a_silent_rank_is_lost_within_the_timeout(self):
         self.kill(1)
