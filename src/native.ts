@@ -133,6 +133,17 @@ export interface Native {
     toObject(handle: number): void
     toCapsule(handle: number): void
   }
+  crossing: {
+    /** Takes the addresses of the bridge's guard and of its function that raises, once the interpreter runs. */
+    start(guard: number, raise: number): void
+    /**
+     * Calls a function of the bridge's with what the tokens say. Returns the address of its result, with the bytes it
+     * holds in the first token; or a text, with -1 there for the description of a failure and -2 for a value.
+     */
+    call(address: number, tokens: Float64Array, texts: string[]): number | string
+    hold(address: number): void
+    release(address: number): void
+  }
   bell: {
     /** Returns the address of a C function without arguments, by which any thread has `answer` called soon. */
     open(answer: () => void): number

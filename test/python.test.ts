@@ -216,6 +216,83 @@ test('text with half a surrogate pair, and names that JavaScript treats speciall
   t.deepEqual(valueOf('x', { x: special }), special)
 })
 
+test('an argument that a later one disposes of is refused, whatever its memory has become', (t) => {
+  const identity = evaluate('lambda *values: values')
+  const list = evaluate('[1, 2]')
+  const treacherous = {
+    get key() {
+      list.dispose()
+      return 1
+    },
+  }
+  t.throws(() => identity.call(list, treacherous), { code: 'ERR_DISPOSED' })
+  t.is(identity.call(1, 2).length, 2)
+})
+
+test('a key that cannot be one is the TypeError that Python has for it', (t) => {
+  const error = t.throws(() => valueOf('x', { x: new Map([[[1], 2]]) }), { instanceOf: PythonError })
+  t.is(error?.pythonType, 'TypeError')
+  t.regex(error?.message ?? '', /unhashable type: 'list'/)
+})
+
+test('no reference is lost or kept by what crosses', async (t) => {
+  const count = evaluate('lambda x: __import__("sys").getrefcount(x)')
+  const marker = evaluate('object()')
+  const identity = evaluate('lambda *values, **named: values[0]')
+  const throwing = evaluate('lambda x: {}[x]')
+  const calling = evaluate('lambda f, x: f(x)')
+  const constants = ['None', 'True', 'False', '0', '1.5', '"text"', '()'].map((each) => evaluate(each))
+  const counts = async () => {
+    // pymport holds what it gave to functions until JavaScript's collector comes to it, and frees it in a later turn.
+    setFlagsFromString('--expose-gc')
+    const collect = runInNewContext('gc') as () => void
+    for (let round = 0; round < 4; round++) {
+      collect()
+      await new Promise((resolve) => setTimeout(resolve, 20))
+    }
+    evaluate('__import__("gc").collect()').dispose()
+    return [marker, ...constants].map((each) => count.call(each).toJS() as number)
+  }
+  const before = await counts()
+  for (let i = 0; i < 1000; i++) {
+    identity.call(marker, [marker, { a: marker }], kw({ named: new Map([[marker, marker]]) })).dispose()
+    for (const constant of constants) identity.call(constant).dispose()
+    for (const value of [null, true, false, 0, 1.5, 'text']) identity.call(value).dispose()
+    t.throws(() => throwing.call(marker), { instanceOf: PythonError })
+    t.throws(() => identity.call(marker, new Map([[[marker], marker]])), { instanceOf: PythonError })
+  }
+  const after = await counts()
+  // A reference that a single kind of value lost or gained would be a thousand here.
+  for (const [i, each] of after.entries()) t.true(Math.abs(each - before[i]!) < 500, `${i}: ${before[i]}, then ${each}`)
+  // Each function given to Python adds one to None's count, in pymport, which nobody will miss.
+  for (let i = 0; i < 1000; i++) {
+    calling
+      .call((given: PyRef) => {
+        given.dispose()
+        return marker
+      }, marker)
+      .dispose()
+  }
+  t.true((await counts())[0]! < before[0]! + 500)
+})
+
+test('keyword arguments that Python gives a JavaScript function come last, as a dict', (t) => {
+  const seen: unknown[] = []
+  evaluate('lambda f: f(1, b=2)').call((...args: PyRef[]) => {
+    seen.push(...args.map((each) => each.toJS()))
+  })
+  t.deepEqual(seen, [1, { b: 2 }])
+})
+
+test('a long row of arguments, and a long text, arrive whole', (t) => {
+  const many = Array.from({ length: 5000 }, (_, i) => i)
+  t.deepEqual(valueOf('x', { x: many }), many)
+  for (const length of [126, 127, 128, 129, 70_000]) {
+    const text = `\ufeff${'ä'.repeat(length - 1)}`
+    t.is(valueOf('x', { x: text }), text)
+  }
+})
+
 test('a thread that needs JavaScript while JavaScript waits for it gets an error instead of waiting forever', (t) => {
   const bridge = python.import('epmoe._bridge')
   bridge.set('patience', float(0.3))

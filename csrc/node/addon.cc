@@ -23,6 +23,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   export_python(env, exports);
   export_parity(env, exports);
   export_bell(env, exports);
+  export_crossing(env, exports);
   return exports;
 }
 

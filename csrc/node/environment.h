@@ -196,5 +196,6 @@ void export_streams(Napi::Env env, Napi::Object exports);
 void export_python(Napi::Env env, Napi::Object exports);
 void export_parity(Napi::Env env, Napi::Object exports);
 void export_bell(Napi::Env env, Napi::Object exports);
+void export_crossing(Napi::Env env, Napi::Object exports);
 
 }  // namespace epmoe::node

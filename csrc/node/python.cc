@@ -1,7 +1,5 @@
 #include "node/python.h"
 
-#include <dlfcn.h>
-
 #include <cstring>
 #include <memory>
 
@@ -11,67 +9,18 @@
 namespace epmoe::node {
 namespace {
 
-// One interpreter a process, so one table for all environments.
-struct Api {
-  int (*IsInitialized)() = nullptr;
-  int (*GILState_Ensure)() = nullptr;
-  void (*GILState_Release)(int) = nullptr;
-  void (*IncRef)(PyObject *) = nullptr;
-  void (*DecRef)(PyObject *) = nullptr;
-  PyObject *(*Object_Type)(PyObject *) = nullptr;
-  PyObject *(*Object_GetAttr)(PyObject *, PyObject *) = nullptr;
-  PyObject *(*Object_CallObject)(PyObject *, PyObject *) = nullptr;
-  int (*Object_IsTrue)(PyObject *) = nullptr;
-  int (*Type_IsSubtype)(PyObject *, PyObject *) = nullptr;
-  PyObject *(*Unicode_InternFromString)(const char *) = nullptr;
-  void (*Err_Clear)() = nullptr;
-  void *(*Capsule_GetPointer)(PyObject *, const char *) = nullptr;
-  int (*Capsule_IsValid)(PyObject *, const char *) = nullptr;
-  int (*Capsule_SetName)(PyObject *, const char *) = nullptr;
-  PyObject *(*Capsule_New)(void *, const char *, void (*)(PyObject *)) = nullptr;
-  int (*List_Append)(PyObject *, PyObject *) = nullptr;
+enum Name { kRequiresGrad, kIsNeg, kIsSparse, kIsQuantized, kIsMeta, kLayout };
 
+// One interpreter a process, so one for all environments.
+struct Torch {
   PyObject *tensor_type = nullptr;  // torch.Tensor
   PyObject *inbox = nullptr;        // a list of the bridge's, by which new objects reach JavaScript
   PyObject *names[6] = {};
   const DLPackExchangeAPI *exchange = nullptr;
 };
-enum Name { kRequiresGrad, kIsNeg, kIsSparse, kIsQuantized, kIsMeta, kLayout };
-Api py;
+Torch torch;
 
 constexpr const char *kImport = "Tensor.fromTorch";
-
-template <typename Function>
-bool resolve(Function &function, const char *name) {
-  function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
-  return function != nullptr;
-}
-
-const char *resolve_all() {
-  const auto missing = [](bool found, const char *name) { return found ? nullptr : name; };
-#define RESOLVE(name)                                                                                          \
-  if (const char *absent = missing(resolve(py.name, "Py_" #name) || resolve(py.name, "Py" #name), "Py" #name)) \
-  return absent
-  RESOLVE(IsInitialized);
-  RESOLVE(GILState_Ensure);
-  RESOLVE(GILState_Release);
-  RESOLVE(IncRef);
-  RESOLVE(DecRef);
-  RESOLVE(Object_Type);
-  RESOLVE(Object_GetAttr);
-  RESOLVE(Object_CallObject);
-  RESOLVE(Object_IsTrue);
-  RESOLVE(Type_IsSubtype);
-  RESOLVE(Unicode_InternFromString);
-  RESOLVE(Err_Clear);
-  RESOLVE(Capsule_GetPointer);
-  RESOLVE(Capsule_IsValid);
-  RESOLVE(Capsule_SetName);
-  RESOLVE(Capsule_New);
-  RESOLVE(List_Append);
-#undef RESOLVE
-  return nullptr;
-}
 
 PyObject *object_argument(const Napi::Value &value) {
   return reinterpret_cast<PyObject *>(static_cast<uintptr_t>(value.As<Napi::Number>().DoubleValue()));
@@ -88,10 +37,12 @@ bool take_truth(PyObject *value) {
   return truth;
 }
 
-bool truth_of_attribute(PyObject *object, Name name) { return take_truth(py.Object_GetAttr(object, py.names[name])); }
+bool truth_of_attribute(PyObject *object, Name name) {
+  return take_truth(py.Object_GetAttr(object, torch.names[name]));
+}
 
 bool truth_of_method(PyObject *object, Name name) {
-  PyObject *method = py.Object_GetAttr(object, py.names[name]);
+  PyObject *method = py.Object_GetAttr(object, torch.names[name]);
   PyObject *value = method ? py.Object_CallObject(method, nullptr) : nullptr;
   if (method) py.DecRef(method);
   return take_truth(value);
@@ -99,30 +50,25 @@ bool truth_of_method(PyObject *object, Name name) {
 
 bool is_tensor(PyObject *object) {
   PyObject *type = py.Object_Type(object);
-  const bool yes = type != nullptr && py.Type_IsSubtype(type, py.tensor_type) != 0;
+  const bool yes = type != nullptr && py.Type_IsSubtype(type, torch.tensor_type) != 0;
   if (type != nullptr) py.DecRef(type);
   return yes;
 }
 
 // Called once the interpreter runs: (torch.Tensor, its exchange capsule or 0, the inbox), as addresses.
 void attach(const Napi::CallbackInfo &info) {
-  Environment &environment = Environment::of(info.Env());
-  if (const char *absent = resolve_all()) {
-    environment.raise("ERR_PYTHON", "", "libpython", "an interpreter loaded into the process with its symbols global",
-                      std::string("no symbol ") + absent, "Start Python with startPython()");
-  }
   const Gil gil;
   const char *texts[] = {"requires_grad", "is_neg", "is_sparse", "is_quantized", "is_meta", "layout"};
-  for (size_t i = 0; i < std::size(texts); ++i) py.names[i] = py.Unicode_InternFromString(texts[i]);
-  py.tensor_type = object_argument(info[0]);
-  py.inbox = object_argument(info[2]);
-  py.IncRef(py.tensor_type);
-  py.IncRef(py.inbox);
+  for (size_t i = 0; i < std::size(texts); ++i) torch.names[i] = py.Unicode_InternFromString(texts[i]);
+  torch.tensor_type = object_argument(info[0]);
+  torch.inbox = object_argument(info[2]);
+  py.IncRef(torch.tensor_type);
+  py.IncRef(torch.inbox);
   PyObject *capsule = object_argument(info[1]);
   if (capsule == nullptr) return;
   const auto *api = static_cast<const DLPackExchangeAPI *>(py.Capsule_GetPointer(capsule, "dlpack_exchange_api"));
   py.Err_Clear();
-  if (api != nullptr && epmoe_set_exchange(api) == EPMOE_OK) py.exchange = api;
+  if (api != nullptr && epmoe_set_exchange(api) == EPMOE_OK) torch.exchange = api;
 }
 
 [[noreturn]] void raise_unsupported(Environment &environment, PyObject *object) {
@@ -164,7 +110,8 @@ Napi::Value from_object(const Napi::CallbackInfo &info) {
   PyObject *object = object_argument(info[0]);
   require_importable(environment, object);
   DLManagedTensorVersioned *managed = nullptr;
-  if (py.exchange->managed_tensor_from_py_object_no_sync(object, &managed) != 0) raise_unsupported(environment, object);
+  if (torch.exchange->managed_tensor_from_py_object_no_sync(object, &managed) != 0)
+    raise_unsupported(environment, object);
   return adopt(environment, managed);
 }
 
@@ -221,7 +168,7 @@ DLManagedTensorVersioned *export_versioned(const TensorRecord &record) {
 }
 
 void put_in_inbox(PyObject *object) {
-  py.List_Append(py.inbox, object);
+  py.List_Append(torch.inbox, object);
   py.DecRef(object);
 }
 
@@ -242,7 +189,7 @@ void to_object(const Napi::CallbackInfo &info) {
   follow_framework(environment, record);
   DLManagedTensorVersioned *managed = export_versioned(record);
   void *object = nullptr;
-  if (py.exchange->managed_tensor_to_py_object_no_sync(managed, &object) != 0) {
+  if (torch.exchange->managed_tensor_to_py_object_no_sync(managed, &object) != 0) {
     py.Err_Clear();
     environment.raise("ERR_UNSUPPORTED_TENSOR", "toTorch", "tensor", "a tensor that torch can view",
                       "one that it refuses", "Copy it to a supported device or dtype first");
@@ -277,28 +224,18 @@ static Refusal refuse_state(PyObject *object, bool may_be_negative) {
   return {};
 }
 
-bool python_is_alive() { return py.IsInitialized != nullptr && py.IsInitialized() != 0; }
-
-Gil::Gil(bool take) : held_(take && python_is_alive()) {
-  if (held_) state_ = py.GILState_Ensure();
-}
-
-Gil::~Gil() {
-  if (held_) py.GILState_Release(state_);
-}
-
 Refusal refuse_object(PyObject *object) {
-  if (py.tensor_type == nullptr || !is_tensor(object)) {
+  if (torch.tensor_type == nullptr || !is_tensor(object)) {
     return {"ERR_NOT_A_TENSOR", "a Python object of another type", "Pass a torch.Tensor or an epmoe Tensor"};
   }
   return refuse_state(object, true);
 }
 
 Refusal read_object(PyObject *object, DLTensor *out) {
-  if (py.tensor_type == nullptr || !is_tensor(object)) {
+  if (torch.tensor_type == nullptr || !is_tensor(object)) {
     return {"ERR_NOT_A_TENSOR", "a Python object of another type", "Pass a torch.Tensor or an epmoe Tensor"};
   }
-  if (py.exchange == nullptr || py.exchange->dltensor_from_py_object_no_sync(object, out) != 0) {
+  if (torch.exchange == nullptr || torch.exchange->dltensor_from_py_object_no_sync(object, out) != 0) {
     py.Err_Clear();
     return {"ERR_UNSUPPORTED_TENSOR", name_unsupported(object), "Make it a dense tensor with memory of its own first"};
   }
@@ -317,12 +254,13 @@ const char *name_unsupported(PyObject *object) {
 
 void record_object(Environment &environment, PyObject *object) {
   DLManagedTensorVersioned *managed = nullptr;
-  if (py.exchange->managed_tensor_from_py_object_no_sync(object, &managed) != 0) raise_unsupported(environment, object);
+  if (torch.exchange->managed_tensor_from_py_object_no_sync(object, &managed) != 0)
+    raise_unsupported(environment, object);
   environment.recording->keep(make_record(Storage::adopt(environment, managed), managed->dl_tensor)->storage);
   environment.recording->foreign = true;
 }
 
-bool has_exchange() { return py.exchange != nullptr; }
+bool has_exchange() { return torch.exchange != nullptr; }
 
 void export_python(Napi::Env env, Napi::Object exports) {
   Napi::Object python = Napi::Object::New(env);

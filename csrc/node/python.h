@@ -1,28 +1,10 @@
-// CPython as seen from the addon: a few functions of its stable ABI, found by name in the interpreter that pymport has
-// loaded. The addon neither links against Python nor includes its headers.
+// Tensors of torch as seen from the addon.
 #pragma once
 
 #include "epmoe.h"
+#include "node/cpython.h"
 
 namespace epmoe::node {
-
-using PyObject = void;  // opaque here
-
-// True between attaching to an interpreter and its finalisation.
-bool python_is_alive();
-
-// Holds the GIL for its lifetime; does nothing when Python is not attached.
-class Gil {
- public:
-  explicit Gil(bool take = true);
-  ~Gil();
-  Gil(const Gil &) = delete;
-  Gil &operator=(const Gil &) = delete;
-
- private:
-  bool held_;
-  int state_ = 0;
-};
 
 // Why a Python object is no tensor an op can take; `code` is nullptr when it is one.
 struct Refusal {

@@ -1,8 +1,7 @@
 """The Python end of the bridge from Node.
 
-Everything that crosses goes through :func:`call`: arguments arrive as one ASCII JSON text plus a list of objects, and
-results leave as a :class:`Box`. Neither raw ``None``, booleans and floats nor exceptions cross, because the embedding
-layer miscounts references of the first, rounds the second and loses parts of the third.
+Every call comes through :func:`guard`, from csrc/node/crossing.cc, which hands over ordinary objects and takes what is
+returned. Exceptions do not cross: they leave as text, because what could carry them over loses parts of them.
 """
 
 import concurrent.futures
@@ -17,20 +16,23 @@ import traceback
 from epmoe.errors import EpmoeError
 
 
-class Box:
-    """What JavaScript holds: an object it may not touch directly, or the description of a failure.
+class Outcome(tuple):
+    """``(value, bytes)``: an object, and what letting go of it would free; or ``(text, FAILURE)``, ``(text, TOLD)``."""
 
-    ``facts`` are the object's address and, of a tensor, its bytes, by which V8 knows what letting go of it would free.
-    A failure has none, which is how JavaScript tells it from the others.
-    """
+    __slots__ = ()
 
-    __slots__ = ("facts", "kind", "text", "value")
 
-    def __init__(self, kind, value=None, text=""):
-        self.kind = kind
-        self.value = value
-        self.facts = "" if kind == "failure" else f"{id(value)} {_bytes_of(value)}"
-        self.text = text
+FAILURE = -1  # the text describes an exception
+TOLD = -2  # the text is a value, for JavaScript to convert
+
+
+class Request:
+    """A call of a JavaScript function: its arguments, and what became of it."""
+
+    __slots__ = ("args", "error", "result")
+
+    def __init__(self, args):
+        self.args, self.result, self.error = args, None, None
 
 
 def _bytes_of(value):
@@ -65,34 +67,31 @@ _attached = []
 _jobs = None  # the executor, once Node has asked for it
 
 
-def call(operation, payload, objects):
-    """Runs one operation; never raises. ``payload`` is the JSON of its arguments, which refer to ``objects``."""
+def guard(function, arguments):
+    """Calls a function of :data:`operations`; never raises. Returns an outcome, as :class:`Outcome` says."""
     global _synchronous_calls
     _synchronous_calls += 1
     try:
-        arguments = _decode(json.loads(payload), objects)
-        result = _OPERATIONS[operation](*arguments)
-        return result if isinstance(result, Box) else Box("object", result)
+        result = function(*arguments)
+        return result if type(result) is Outcome else (result, _bytes_of(result))
     except BaseException as error:
-        return _failure(error)
+        return failure(error)
     finally:
         _synchronous_calls -= 1
 
 
-def value(operation, payload, objects):
-    """The same for a result that JavaScript converts: it as JSON, or the description of a failure behind a "!"."""
-    global _synchronous_calls
-    _synchronous_calls += 1
-    try:
-        arguments = _decode(json.loads(payload), objects)
-        return json.dumps(_encode(_OPERATIONS[operation](*arguments)))
-    except BaseException as error:
-        return "!" + _failure(error).text
-    finally:
-        _synchronous_calls -= 1
+def raise_error(error):
+    """For what failed before it came to :func:`guard`."""
+    raise error
 
 
-def _failure(error):
+def outcome(value):
+    """What a job has come to, to be handed over later."""
+    return Outcome((value, _bytes_of(value)))
+
+
+def failure(error):
+    """The same of an exception."""
     try:
         message = str(error)
     except BaseException:
@@ -110,37 +109,26 @@ def _failure(error):
     if isinstance(error, EpmoeError):
         parts = ("code", "op", "argument", "expected", "received", "hint")
         details["epmoe"] = [getattr(error, part) for part in parts]
-    return Box("failure", error, json.dumps(details))
+    return Outcome((json.dumps(details), FAILURE))
 
 
-def _decode(node, objects):
-    if isinstance(node, list):
-        return [_decode(item, objects) for item in node]
-    if not isinstance(node, dict):
-        return node
-    tag, value = node["$"]
-    if tag == "box":
-        return objects[value].value
-    if tag == "object":
-        return objects[value]
-    if tag == "function":
-        return _callback(objects[value])
-    if tag == "dict":
-        return {_decode(key, objects): _decode(item, objects) for key, item in value}
-    if tag == "int":
-        return int(value)
-    return float(value)
+def _value(operation, *arguments):
+    return Outcome((json.dumps(_encode(operations[operation](*arguments))), TOLD))
 
 
 def _callback(function):
     def callback(*args, **kwargs):
+        args = (*args, kwargs) if kwargs else args
         if threading.get_ident() != _javascript_thread:
             _await_javascript()
-        request = Box("request", (list(args), kwargs))
+        request = Request(args)
         function(request)
-        if request.kind == "failure":
-            raise JavaScriptError(request.text, request.value)
-        return request.value
+        result, error = request.result, request.error
+        # JavaScript's collector lets go of the request when it gets round to it: not of tensors as late.
+        request.args = request.result = request.error = None
+        if error is not None:
+            raise error
+        return result
 
     return callback
 
@@ -165,11 +153,11 @@ def _await_javascript():
 
 
 def _answer(request, value):
-    request.kind, request.value = "answer", value
+    request.result = value
 
 
 def _fail(request, message, token):
-    request.kind, request.text, request.value = "failure", message, token
+    request.error = JavaScriptError(message, token)
 
 
 def _encode(value):
@@ -302,12 +290,12 @@ def _executor():
 
 def _start_executor(address):
     global _jobs
-    _jobs = _executor().start(address, lambda value: Box("object", value), _failure)
+    _jobs = _executor().start(address, outcome, failure)
 
 
 def _submit(number, operation, arguments, options):
     function = (
-        _OPERATIONS[operation]
+        operations[operation]
         if operation not in ("run", "async_next")
         else getattr(_jobs, {"run": "run_awaitable", "async_next": "next_of"}[operation])
     )
@@ -338,11 +326,14 @@ def _abandon(code):
     os._exit(code)
 
 
-_OPERATIONS = {
+operations = {
     "import": importlib.import_module,
     "eval": _evaluate,
     "exec": _execute,
     "call": lambda function, args, kwargs: function(*args, **kwargs),
+    "method": lambda value, name, args, kwargs: getattr(value, name)(*args, **kwargs),
+    "callback": _callback,
+    "value": _value,
     "get": getattr,
     "has": hasattr,
     "plain": _plain,
@@ -374,12 +365,6 @@ _OPERATIONS = {
     "shutdown": lambda seconds: _executor().shutdown(seconds),
     "abandon": _abandon,
 }
-
-
-def clear(box):
-    """Lets go of the boxed object at once, whenever JavaScript's collector gets round to the box."""
-    box.value = None
-    return box
 
 
 def prepare(executable):

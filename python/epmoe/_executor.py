@@ -25,9 +25,9 @@ class _Job:
 
 
 class Executor:
-    def __init__(self, ring, box, failure):
-        """``ring()`` makes JavaScript look; ``box(value)`` and ``failure(error)`` wrap what a job came to."""
-        self._ring, self._box, self._failure = ring, box, failure
+    def __init__(self, ring, outcome, failure):
+        """``ring()`` makes JavaScript look; ``outcome(value)`` and ``failure(error)`` are what a job came to."""
+        self._ring, self._outcome, self._failure = ring, outcome, failure
         self._changed = threading.Condition()
         self._jobs = collections.deque()
         self._current = None
@@ -102,7 +102,7 @@ class Executor:
         result = None
         try:
             try:
-                result = self._box(self._run(job))
+                result = self._outcome(self._run(job))
             except BaseException as error:
                 result = self._failure(error)
         finally:
@@ -195,10 +195,10 @@ def _enter(stack, options):
 _executor = None
 
 
-def start(address, box, failure):
+def start(address, outcome, failure):
     """Starts the executor of this process; ``address`` is that of a C function without arguments, which wakes Node."""
     global _executor
-    _executor = Executor(ctypes.CFUNCTYPE(None)(address), box, failure)
+    _executor = Executor(ctypes.CFUNCTYPE(None)(address), outcome, failure)
     return _executor
 
 

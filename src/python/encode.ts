@@ -25,69 +25,131 @@ export function float(value: number): PythonFloat {
 
 const maxDepth = 200
 
-type Node = null | boolean | number | string | Node[] | { $: [string, unknown] }
+// Tokens, as csrc/node/crossing.cc reads them; each has a word behind it.
+const none = 0
+const no = 1
+const yes = 2
+const int = 3
+const double = 4
+const largeInt = 5
+const text = 6
+const address = 7
+const list = 8
+const dict = 9
 
-/** Arguments as one JSON text plus the Python objects it refers to. */
+/**
+ * Arguments as a row of tokens, for the addon to build Python's objects from: addresses of objects that stay as they are,
+ * numbers, and places in a list of texts.
+ */
 export class Encoder {
-  readonly objects: PyObject[] = []
+  tokens = new Float64Array(128)
+  texts: string[] = []
+  #length = 0
+  #depth = 0
+  /** Whose addresses were written: they live until the call is made. */
+  #refs: PyRef[] = []
+  /** What was made for the call alone. */
+  #made: (PyRef | PyObject)[] = []
 
   constructor(private readonly runtime: Runtime) {}
 
-  #depth = 0
-
-  text(args: readonly unknown[]): string {
-    // Only ASCII crosses: the embedding layer truncates strings with characters beyond the basic plane.
-    return JSON.stringify(args.map((arg) => this.#node(arg))).replace(
-      /[\u0080-\uffff]/g,
-      (character) => `\\u${character.charCodeAt(0).toString(16).padStart(4, '0')}`,
-    )
+  /** Writes the arguments from the beginning. */
+  write(args: readonly unknown[]): void {
+    this.#length = 0
+    this.#depth = 0
+    this.#put(list, args.length)
+    for (const arg of args) this.#value(arg)
+    // A getter among the arguments may have disposed of one that was written before.
+    for (const ref of this.#refs) ref.address
   }
 
-  #node(value: unknown): Node {
-    switch (typeof value) {
-      case 'undefined':
-        return null
-      case 'boolean':
-      case 'string':
-        return value
-      case 'number':
-        return encodeNumber(value)
-      case 'bigint':
-        return { $: ['int', value.toString()] }
-      case 'function': {
-        const behind = refBehind(value)
-        if (behind !== undefined) return this.#object('box', behind.box)
-        return this.#object('function', this.runtime.callback(value as (...args: PyRef[]) => unknown))
-      }
-      case 'object':
-        return value === null ? null : this.#objectNode(value)
-      default:
-        throw unsupported(value)
-    }
+  /** Once the call is made. */
+  clear(): void {
+    if (this.texts.length > 0) this.texts = []
+    this.#refs.length = 0
+    for (const each of this.#made) if (each instanceof PyRef) each.dispose()
+    this.#made.length = 0
   }
 
-  #objectNode(value: object): Node {
-    if (value instanceof PyRef) return this.#object('box', value.box)
-    if (value instanceof Tensor) return this.#object('box', (value.toTorch() as PyRef).box)
-    if (value instanceof PythonFloat) return { $: ['float', pythonFloat(value.value)] }
-    if (Array.isArray(value)) return this.#inner(() => value.map((item) => this.#node(item)))
-    if (ArrayBuffer.isView(value)) {
-      const { buffer, byteOffset, byteLength } = value
-      return this.#object('object', this.runtime.memoryview(Buffer.from(buffer as ArrayBuffer, byteOffset, byteLength)))
+  #put(token: number, word: number): void {
+    if (this.#length === this.tokens.length) {
+      const longer = new Float64Array(2 * this.#length)
+      longer.set(this.tokens)
+      this.tokens = longer
     }
-    if (value instanceof Map)
-      return this.#inner(() => ({ $: ['dict', [...value].map(([key, item]) => [this.#node(key), this.#node(item)])] }))
-    const prototype = Object.getPrototypeOf(value)
-    if (prototype === Object.prototype || prototype === null) {
-      return this.#inner(() => ({ $: ['dict', Object.entries(value).map(([key, item]) => [key, this.#node(item)])] }))
+    this.tokens[this.#length++] = token
+    this.tokens[this.#length++] = word
+  }
+
+  #value(value: unknown): void {
+    if (value === undefined || value === null) this.#put(none, 0)
+    else if (typeof value === 'number') this.#number(value)
+    else if (typeof value === 'string') this.#text(text, value)
+    else if (typeof value === 'boolean') this.#put(value ? yes : no, 0)
+    else if (typeof value === 'bigint') this.#text(largeInt, value.toString(16))
+    else if (typeof value === 'object') this.#object(value)
+    else if (typeof value === 'function') this.#function(value as (...args: PyRef[]) => unknown)
+    else throw unsupported(value)
+  }
+
+  #number(value: number): void {
+    this.#put(Number.isSafeInteger(value) && !Object.is(value, -0) ? int : double, value)
+  }
+
+  #function(value: (...args: PyRef[]) => unknown): void {
+    this.#ref(refBehind(value) ?? this.#keep(this.runtime.callback(value)))
+  }
+
+  #object(value: object): void {
+    if (value instanceof PyRef) this.#ref(value)
+    else if (Array.isArray(value)) this.#list(value)
+    else if (value instanceof Tensor) this.#ref(this.#keep(value.toTorch() as PyRef))
+    else if (value instanceof PythonFloat) this.#put(double, value.value)
+    else if (ArrayBuffer.isView(value)) this.#bytes(value)
+    else if (value instanceof Map) this.#dict([...value])
+    else if (isPlain(value)) this.#dict(Object.entries(value))
+    else if (this.runtime.isPyObject(value)) this.#put(address, Number(this.#keep(value).id))
+    else throw unsupported(value)
+  }
+
+  #bytes({ buffer, byteOffset, byteLength }: ArrayBufferView): void {
+    const bytes = Buffer.from(buffer as ArrayBuffer, byteOffset, byteLength)
+    this.#put(address, Number(this.#keep(this.runtime.memoryview(bytes)).id))
+  }
+
+  #text(token: number, value: string): void {
+    this.#put(token, this.texts.length)
+    this.texts.push(value)
+  }
+
+  #ref(value: PyRef): void {
+    this.#put(address, value.address)
+    this.#refs.push(value)
+  }
+
+  #keep<Made extends PyRef | PyObject>(made: Made): Made {
+    this.#made.push(made)
+    return made
+  }
+
+  #list(values: readonly unknown[]): void {
+    this.#begin(list, values.length)
+    for (const value of values) this.#value(value)
+    this.#depth--
+  }
+
+  #dict(entries: readonly (readonly [unknown, unknown])[]): void {
+    this.#begin(dict, entries.length)
+    for (const [key, value] of entries) {
+      this.#value(key)
+      this.#value(value)
     }
-    if (this.runtime.isPyObject(value)) return this.#object('object', value)
-    throw unsupported(value)
+    this.#depth--
   }
 
   /** Python bounds the depth of recursion too. */
-  #inner(encode: () => Node): Node {
-    if (this.#depth === maxDepth) {
+  #begin(container: number, length: number): void {
+    if (this.#depth++ === maxDepth) {
       throw new EpmoeError({
         code: 'ERR_PYTHON_ARGUMENT',
         expected: `containers nested no deeper than ${maxDepth}`,
@@ -95,29 +157,13 @@ export class Encoder {
         hint: 'Flatten it first',
       })
     }
-    this.#depth++
-    try {
-      return encode()
-    } finally {
-      this.#depth--
-    }
-  }
-
-  #object(tag: string, object: PyObject): Node {
-    this.objects.push(object)
-    return { $: [tag, this.objects.length - 1] }
+    this.#put(container, length)
   }
 }
 
-function encodeNumber(value: number): Node {
-  if (Number.isSafeInteger(value) && !Object.is(value, -0)) return value
-  return { $: ['float', pythonFloat(value)] }
-}
-
-function pythonFloat(value: number): string {
-  if (Number.isNaN(value)) return 'nan'
-  if (!Number.isFinite(value)) return value > 0 ? 'inf' : '-inf'
-  return Object.is(value, -0) ? '-0.0' : String(value)
+function isPlain(value: object): boolean {
+  const prototype = Object.getPrototypeOf(value)
+  return prototype === Object.prototype || prototype === null
 }
 
 function unsupported(value: unknown): EpmoeError {
@@ -129,6 +175,8 @@ function unsupported(value: unknown): EpmoeError {
     hint: 'Convert it first, e.g. a Date with toISOString()',
   })
 }
+
+type Node = null | boolean | number | string | Node[] | { $: [string, unknown] }
 
 /** The reverse: what the bridge wrote. Whole floats stay numbers; integers beyond 2^53 become bigints. */
 export function decode(text: string): unknown {

@@ -3,6 +3,7 @@ export interface PyObject {
   readonly id: number | bigint
   readonly callable: boolean
   get(name: string): PyObject
+  item(key: PyObject): PyObject
   call(...args: PyObject[]): PyObject
   toJS(): unknown
 }
@@ -14,7 +15,6 @@ export interface Pymport {
     new (): PyObject
     int(value: number): PyObject
     string(value: string): PyObject
-    list(values: PyObject[]): PyObject
     memoryview(buffer: Buffer): PyObject
     func(fn: (request: PyObject) => number): PyObject
   }

@@ -3,7 +3,6 @@ import { pythonRefs, registerAddresser } from '../foreign.js'
 import { native } from '../native.js'
 import { enterScope, leaveScope } from '../scope.js'
 import { proxyOf } from './proxy.js'
-import type { PyObject } from './pymport.js'
 import type { Runtime } from './runtime.js'
 
 /**
@@ -11,26 +10,22 @@ import type { Runtime } from './runtime.js'
  * keep their types. Let go of large ones with dispose() or `using`.
  */
 export class PyRef implements Disposable {
-  #box: PyObject | undefined
   readonly #runtime: Runtime
-  readonly #address: number
-  readonly #bytes: number
+  readonly #held: Held
+  #disposed = false
 
-  /** Made by the bridge, from a box and its `facts`. */
-  constructor(runtime: Runtime, box: PyObject, facts: string) {
-    const [address, bytes] = facts.split(' ').map(Number) as [number, number]
+  /** Made by the bridge, from a reference to an object that is JavaScript's from now on. */
+  constructor(runtime: Runtime, address: number, bytes: number) {
     this.#runtime = runtime
-    this.#box = box
-    this.#address = address
-    this.#bytes = bytes
+    this.#held = { address, bytes }
     count(1, bytes)
-    registry.register(this, bytes, this)
+    registry.register(this, this.#held, this)
     enterScope(this)
   }
 
-  /** The boxed object's handle, for the bridge. */
-  get box(): PyObject {
-    if (this.#box !== undefined) return this.#box
+  /** `id(object)`. */
+  get address(): number {
+    if (!this.#disposed) return this.#held.address
     throw new EpmoeError({
       code: 'ERR_DISPOSED',
       op: 'PyRef',
@@ -40,14 +35,8 @@ export class PyRef implements Disposable {
     })
   }
 
-  /** `id(object)`. */
-  get address(): number {
-    this.box
-    return this.#address
-  }
-
   get disposed(): boolean {
-    return this.#box === undefined
+    return this.#disposed
   }
 
   /** `object.name` */
@@ -86,12 +75,7 @@ export class PyRef implements Disposable {
 
   /** `object.name(*args)`; the last argument may be kw({ … }). */
   method(name: string, ...args: unknown[]): PyRef {
-    const bound = this.get(name)
-    try {
-      return this.#runtime.apply(bound, args)
-    } finally {
-      bound.dispose()
-    }
+    return this.#runtime.applyMethod(this, name, args)
   }
 
   /** The same on Python's executor thread; the event loop goes on. The last arguments may be kw({ … }) and job({ … }). */
@@ -100,13 +84,8 @@ export class PyRef implements Disposable {
   }
 
   /** `object.name(*args)` on the executor thread. */
-  async methodAsync(name: string, ...args: unknown[]): Promise<PyRef> {
-    const bound = this.get(name)
-    try {
-      return await this.#runtime.applyAsync(bound, args)
-    } finally {
-      bound.dispose()
-    }
+  methodAsync(name: string, ...args: unknown[]): Promise<PyRef> {
+    return this.#runtime.applyMethodAsync(this, name, args)
   }
 
   /** `object[key]` */
@@ -180,17 +159,27 @@ export class PyRef implements Disposable {
 
   /** Lets go of the object at once. Harmless when repeated. */
   dispose(): void {
-    if (this.#box === undefined) return
-    this.#runtime.clear(this.#box)
-    this.#box = undefined
+    if (this.#disposed) return
+    this.#disposed = true
     registry.unregister(this)
-    count(-1, -this.#bytes)
+    release(this.#held)
     leaveScope(this)
   }
 
   [Symbol.dispose](): void {
     this.dispose()
   }
+}
+
+interface Held {
+  address: number
+  /** What letting go of a tensor would free. */
+  bytes: number
+}
+
+function release({ address, bytes }: Held): void {
+  count(-1, -bytes)
+  native().crossing.release(address)
 }
 
 /** Without bytes V8 would take a handle to gigabytes for a few words, and be in no hurry to collect it. */
@@ -200,6 +189,6 @@ function count(refs: number, bytes: number): void {
   if (bytes !== 0) native().tensor.adjustExternal(bytes)
 }
 
-const registry = new FinalizationRegistry<number>((bytes) => count(-1, -bytes))
+const registry = new FinalizationRegistry<Held>(release)
 
 registerAddresser((value) => (value instanceof PyRef ? value.address : undefined))

@@ -1,20 +1,21 @@
 import { nativeError, PythonError } from '../errors.js'
+import { native } from '../native.js'
 import { decode, Encoder, KeywordArguments } from './encode.js'
-import { Executor, JobArgument } from './executor.js'
+import { Executor, JobArgument, type JobOptions } from './executor.js'
 import type { Pymport, PyObject } from './pymport.js'
 import { PyRef } from './ref.js'
 
 /**
- * The one path between JavaScript and Python. It hands pymport nothing but strings, lists and objects, and never lets an
- * exception cross: see python/epmoe/_bridge.py for the other end.
+ * The one path between JavaScript and Python: csrc/node/crossing.cc brings arguments over exactly and miscounts no
+ * reference, which pymport's own calls do not, and no exception crosses. See python/epmoe/_bridge.py for the other end.
  */
 export class Runtime {
   readonly #pymport: Pymport
-  readonly #call: PyObject
-  readonly #clear: PyObject
-  readonly #value: PyObject
-  readonly #noObjects: PyObject
-  readonly #operations = new Map<string, PyObject>()
+  readonly #table: PyObject
+  /** Addresses of the bridge's functions. */
+  readonly #operations = new Map<string, number>()
+  /** As many as calls are under way at most: an argument may need a call of its own. */
+  readonly #encoders: Encoder[] = []
   /** Errors thrown by JavaScript functions that Python called, until they come back; Python may also swallow them. */
   readonly #thrown = new Map<string, unknown>()
   #lastToken = 0
@@ -22,74 +23,70 @@ export class Runtime {
 
   constructor(pymport: Pymport, bridge: PyObject) {
     this.#pymport = pymport
-    this.#call = bridge.get('call')
-    this.#clear = bridge.get('clear')
-    this.#value = bridge.get('value')
-    this.#noObjects = pymport.PyObject.list([])
+    this.#table = bridge.get('operations')
+    native().crossing.start(Number(bridge.get('guard').id), Number(bridge.get('raise_error').id))
   }
 
-  /** Runs an operation of the bridge and returns its result boxed. */
+  /** Runs an operation of the bridge and returns its result. */
   run(operation: string, ...args: unknown[]): PyRef {
-    const box = this.#call.call(...this.#encoded(operation, args))
-    const facts = this.#field(box, 'facts')
-    if (facts === '') throw this.#failure(this.#field(box, 'text'))
-    return new PyRef(this, box, facts)
-  }
-
-  /** What the bridge's functions take: the operation's name, the arguments as text, and the objects that it refers to. */
-  #encoded(operation: string, args: unknown[]): PyObject[] {
-    const encoder = new Encoder(this)
-    const { PyObject } = this.#pymport
-    const text = PyObject.string(encoder.text(args))
-    return [
-      this.#operation(operation),
-      text,
-      encoder.objects.length === 0 ? this.#noObjects : PyObject.list(encoder.objects),
-    ]
-  }
-
-  /** Each name as a Python object that is made once: making and finalising one is a good part of a call's time. */
-  #operation(name: string): PyObject {
-    const known = this.#operations.get(name)
-    if (known !== undefined) return known
-    const made = this.#pymport.PyObject.string(name)
-    this.#operations.set(name, made)
-    return made
+    return this.#cross(this.#operation(operation), args, (result, kind) => {
+      if (typeof result === 'string') throw this.#failure(result)
+      return new PyRef(this, result, kind)
+    })
   }
 
   /** Runs an operation and converts its result. */
   value(operation: string, ...args: unknown[]): unknown {
-    const text = this.#value.call(...this.#encoded(operation, args)).toJS() as string
-    if (text.startsWith('!')) throw this.#failure(text.slice(1))
-    return decode(text)
+    return this.#cross(this.#operation('value'), [operation, ...args], (result, kind) => {
+      if (kind !== told) throw this.#failure(result as string)
+      return decode(result as string)
+    })
+  }
+
+  #cross<Result>(address: number, args: unknown[], finish: (result: number | string, kind: number) => Result): Result {
+    const encoder = this.#encoders.pop() ?? new Encoder(this)
+    let result: number | string
+    let kind: number
+    try {
+      encoder.write(args)
+      result = native().crossing.call(address, encoder.tokens, encoder.texts)
+      kind = encoder.tokens[0]!
+    } finally {
+      encoder.clear()
+      this.#encoders.push(encoder)
+    }
+    return finish(result, kind)
+  }
+
+  #operation(name: string): number {
+    const known = this.#operations.get(name)
+    if (known !== undefined) return known
+    const address = Number(this.#table.item(this.#pymport.PyObject.string(name)).id)
+    this.#operations.set(name, address)
+    return address
   }
 
   apply(callable: PyRef, args: unknown[]): PyRef {
-    return this.run('call', ...callOf(callable, args))
+    return this.run('call', callable, ...operands(args))
+  }
+
+  applyMethod(object: PyRef, name: string, args: unknown[]): PyRef {
+    return this.run('method', object, name, ...operands(args))
   }
 
   /** The same on the executor's thread. */
   applyAsync(callable: PyRef, args: unknown[]): Promise<PyRef> {
-    const last = args.at(-1)
-    const options = last instanceof JobArgument ? last.options : {}
-    return this.executor.submit(
-      'call',
-      callOf(callable, last instanceof JobArgument ? args.slice(0, -1) : args),
-      options,
-    )
+    const [given, options] = withoutJob(args)
+    return this.executor.submit('call', [callable, ...operands(given)], options)
+  }
+
+  applyMethodAsync(object: PyRef, name: string, args: unknown[]): Promise<PyRef> {
+    const [given, options] = withoutJob(args)
+    return this.executor.submit('method', [object, name, ...operands(given)], options)
   }
 
   toJS(ref: PyRef): unknown {
     return this.value('same', ref)
-  }
-
-  /** A string attribute of a box; a failure has no facts. */
-  #field(box: PyObject, name: 'text' | 'facts'): string {
-    return box.get(name).toJS() as string
-  }
-
-  clear(box: PyObject): void {
-    this.#clear.call(box)
   }
 
   memoryview(buffer: Buffer): PyObject {
@@ -101,10 +98,13 @@ export class Runtime {
   }
 
   /** A Python callable that calls `fn` with its positional arguments as PyRefs and returns what it returns. */
-  callback(fn: (...args: PyRef[]) => unknown): PyObject {
-    return this.#pymport.PyObject.func((request: PyObject) => {
+  callback(fn: (...args: PyRef[]) => unknown): PyRef {
+    const function_ = this.#pymport.PyObject.func((borrowed: PyObject) => {
+      const address = Number(borrowed.id)
+      native().crossing.hold(address)
+      using request = new PyRef(this, address, 0)
       try {
-        const [args] = [...new PyRef(this, request, this.#field(request, 'facts'))] as [PyRef]
+        using args = request.get('args')
         this.run('answer', request, fn(...args)).dispose()
       } catch (error) {
         const token = String(++this.#lastToken)
@@ -115,6 +115,7 @@ export class Runtime {
       }
       return 0 // null would lose a reference of None on its way back
     })
+    return this.run('callback', function_)
   }
 
   #failure(text: string): PythonError {
@@ -141,9 +142,18 @@ interface Failure {
   epmoe?: Parameters<typeof nativeError>
 }
 
-/** A call's operands as the bridge takes them: callable, positional and keyword arguments. */
-function callOf(callable: PyRef, args: unknown[]): unknown[] {
+/** What the addon says of a text that is no failure. */
+const told = -2
+
+/** A call's operands as the bridge takes them: positional and keyword arguments. */
+function operands(args: unknown[]): [unknown[], Record<string, unknown>] {
   const last = args.at(-1)
-  const keywords = last instanceof KeywordArguments ? last.values : {}
-  return [callable, last instanceof KeywordArguments ? args.slice(0, -1) : args, keywords]
+  return last instanceof KeywordArguments ? [args.slice(0, -1), last.values] : [args, noKeywords]
+}
+
+const noKeywords = {}
+
+function withoutJob(args: unknown[]): [unknown[], JobOptions] {
+  const last = args.at(-1)
+  return last instanceof JobArgument ? [args.slice(0, -1), last.options] : [args, {}]
 }
