@@ -53,6 +53,8 @@ export default function host(): void {
   rows.push(['postReorder, checks only (T = 0), Node', median(() => postReorder(idle), drain)])
   rows.push(['postReorder, five Tensors, Node', median(() => postReorder(asTensors), drain)])
   rows.push(['postReorder, five torch tensors, Node', median(() => postReorder(asTorch), drain)])
+  using preparedIdle = postReorder.prepare(idle)
+  rows.push(['postReorder, prepared, nothing to launch (T = 0)', median(() => preparedIdle.run(), drain)])
   using prepared = postReorder.prepare(asTensors)
   rows.push(['postReorder, prepared, Node', median(() => prepared.run(), drain)])
   if (gpu !== undefined) {
@@ -72,7 +74,7 @@ export default function host(): void {
   console.log(
     `µs a call, median of ${rounds} rounds of ${calls} calls, on ${gpu ?? 'cpu (no launch: the op itself runs)'}`,
   )
-  for (const [label, time] of rows) console.log(`${label.padEnd(44)} ${time.toFixed(2).padStart(8)}`)
+  for (const [label, time] of rows) console.log(`${label.padEnd(48)} ${time.toFixed(2).padStart(8)}`)
 }
 
 function median(call: () => void, drain: () => void): number {

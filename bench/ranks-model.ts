@@ -32,9 +32,9 @@ export interface Measured {
   communication: number
   /** The same collectives with next to nothing in them. */
   latency: number
-  /** Of the least certain of these but the last, as a share of it. */
-  spread: number
-  /** Of samples, whose medians the spread is that of. */
+  /** How far the least certain of these but the last may be off, as a share of it. */
+  error: number
+  /** Of samples: the times are medians of their medians. */
   blocks: number
 }
 
@@ -63,7 +63,7 @@ export function extrapolate(setting: Setting, found: Measured[], sizes: number[]
   for (const scheme of ['all-reduce', 'all-to-all']) {
     const of = (ranks: number) => found.find((each) => each.scheme === scheme && each.ranks === ranks)
     const [one, two] = [of(1), of(2)]
-    if (one === undefined || two === undefined || Math.max(one.spread, two.spread) > certain) continue
+    if (one === undefined || two === undefined || Math.max(one.error, two.error) > certain) continue
     // A part of the experts' time is every rank's, a part is shared out; what is neither experts nor collectives stays.
     const shared = Math.max(0, 2 * (one.experts - two.experts))
     const fixed = Math.max(0, one.experts - shared)

@@ -169,6 +169,19 @@ function peak(body: string): number {
   return Number(result.stdout)
 }
 
+inTurn('a long loop of synchronous calls needs no turn of the event loop to give its memory back', (t) => {
+  const tensor = torch.method('zeros', 4)
+  const loop = () => {
+    for (let i = 0; i < 100_000; i++) tensor.method('add', 1).dispose()
+    return process.memoryUsage.rss()
+  }
+  const before = loop()
+  loop()
+  const grown = loop() - before
+  t.true(grown < 100e6, `${(grown / 1e6).toFixed()} MB more after 200,000 calls`)
+  tensor.dispose()
+})
+
 inTurn('two-dimensional tensors do not pile up: at once with a scope, in good time without', (t) => {
   t.timeout(120_000)
   const scoped = peak(`scope(() => { torch.method('ones', [4096, 4096]) })`)
