@@ -53,13 +53,50 @@ EPMOE_SIMD void multiply(float *out, float by, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] *= by;
 }
 
+// The whole of it in one loop, where nothing lies between the activation and the product: the same roundings, and a
+// third of the loads and stores.
+template <typename Element, Function kFunction>
+EPMOE_INLINE void gated(void *out, const void *gate, const void *up, int64_t n) {
+  using Storage = typename Element::Storage;
+  auto *__restrict to = static_cast<Storage *>(out);
+  const auto *gates = static_cast<const Storage *>(gate);
+  const auto *ups = static_cast<const Storage *>(up);
+  for (int64_t i = 0; i < n; ++i) {
+    to[i] = Element::narrow(activate<kFunction>(Element::widen(gates[i])) * Element::widen(ups[i]));
+  }
+}
+#define EPMOE_GATED_LOOPS(Element, suffix)                                                \
+  EPMOE_SIMD void silu_##suffix(void *out, const void *gate, const void *up, int64_t n) { \
+    gated<Element, kSilu>(out, gate, up, n);                                              \
+  }                                                                                       \
+  EPMOE_SIMD void gelu_##suffix(void *out, const void *gate, const void *up, int64_t n) { \
+    gated<Element, kGelu>(out, gate, up, n);                                              \
+  }
+EPMOE_GATED_LOOPS(Float32, float32)
+EPMOE_GATED_LOOPS(BFloat16, bfloat16)
+
+// That loop, or nullptr for a dtype that has none: float16's conversions leave it too few registers.
+auto gated_loop(Function function, int32_t dtype) -> void (*)(void *, const void *, const void *, int64_t) {
+  switch (dtype) {
+    case EPMOE_FLOAT32:
+      return function == kSilu ? silu_float32 : gelu_float32;
+    case EPMOE_BFLOAT16:
+      return function == kSilu ? silu_bfloat16 : gelu_bfloat16;
+    default:
+      return nullptr;
+  }
+}
+
 constexpr int64_t kColumns = 512;      // at a time: both halves as float32 stay in the first cache
 constexpr int64_t kBytesAhead = 4096;  // of the rows, hinted: two short streams are too little for the prefetcher
 static_assert(kColumns % quantize::kGroupSize == 0);
 
 class Activation {
  public:
-  explicit Activation(const Problem &p) : p_(p) {}
+  explicit Activation(const Problem &p) : p_(p) {
+    const bool bare = p.numerics != kTriton && !p.quantises && p.input_dtype == p.output_dtype;
+    loop_ = bare ? gated_loop(p.function, p.input_dtype) : nullptr;
+  }
 
   void run() {
     const int64_t each = p_.masked_m == nullptr ? p_.rows : p_.rows / p_.experts;
@@ -99,10 +136,21 @@ class Activation {
   // Up to kColumns columns of a row.
   void move(int64_t row, int64_t column, const float *scale) const {
     const int64_t n = std::min(kColumns, p_.width - column);
+    const int64_t gate_at = row * 2 * p_.width + column, up_at = gate_at + p_.width, at = row * p_.width + column;
+    char *out = static_cast<char *>(p_.output) + at * itemsize(p_.output_dtype);
+    if (loop_ != nullptr && scale == nullptr)
+      loop_(out, ahead(gate_at, n), ahead(up_at, n), n);
+    else
+      compute(out, row, column, n, scale);
+  }
+
+  // The same in steps.
+  void compute(char *out, int64_t row, int64_t column, int64_t n, const float *scale) const {
     const bool rounded = p_.numerics == kTriton;
+    const int64_t gate_at = row * 2 * p_.width + column, up_at = gate_at + p_.width;
     float y[kColumns], up_scratch[kColumns];
-    const float *gate = input(y, row * 2 * p_.width + column, n);
-    const float *up = input(up_scratch, (row * 2 + 1) * p_.width + column, n);
+    const float *gate = input(y, gate_at, n);
+    const float *up = input(up_scratch, up_at, n);
     (p_.function == kSilu ? silu : gelu)(y, gate, n);
     if (rounded) round(y, n);
     multiply(y, up, n);
@@ -119,16 +167,21 @@ class Activation {
       quantize::divide_by_scales(y, y, n, quantize::kGroupSize, p_.power_of_two, rounded,
                                  p_.output_scales + row * p_.groups + column / quantize::kGroupSize);
     }
-    const int64_t at = row * p_.width + column;
-    narrow_row(static_cast<char *>(p_.output) + at * itemsize(p_.output_dtype), y, p_.output_dtype, n);
+    narrow_row(out, y, p_.output_dtype, n);
   }
 
-  // Elements [at, at + n) of the input as float32.
-  const float *input(float *scratch, int64_t at, int64_t n) const {
+  // Elements [at, at + n) of the input, with a hint of what comes behind them.
+  const char *ahead(int64_t at, int64_t n) const {
     const int64_t size = itemsize(p_.input_dtype);
     const char *data = static_cast<const char *>(p_.input) + at * size;
     const int64_t left = (p_.rows * 2 * p_.width - at) * size;
     for (int64_t i = kBytesAhead; i < std::min(left, kBytesAhead + n * size); i += 64) __builtin_prefetch(data + i);
+    return data;
+  }
+
+  // The same as float32.
+  const float *input(float *scratch, int64_t at, int64_t n) const {
+    const char *data = ahead(at, n);
     if (p_.input_dtype == EPMOE_FLOAT32) return reinterpret_cast<const float *>(data);
     widen_row(scratch, data, p_.input_dtype, n);
     return scratch;
@@ -142,6 +195,7 @@ class Activation {
   }
 
   const Problem &p_;
+  void (*loop_)(void *, const void *, const void *, int64_t);
   Offence bad_ids_;
 };
 

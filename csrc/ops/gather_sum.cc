@@ -172,7 +172,7 @@ void run_typed(const Problem &p) {
   Offence offence;
   const int64_t blocks = (p.hidden + kColumns - 1) / kColumns;
   const int64_t grain = std::max<int64_t>(1, 16384 / (p.topk * std::min(p.hidden, kColumns)));
-  const bool streams = exceeds_caches(p.tokens * p.hidden * itemsize(p.dtype));
+  const bool streams = exceeds_caches(p.tokens * (p.topk + 1) * p.hidden * itemsize(p.dtype));
   parallel_for(p.tokens * blocks, grain, [&](int64_t begin, int64_t end) {
     Scratch<Element> scratch;
     int64_t gathered = -1;  // the token whose slots are the next ones

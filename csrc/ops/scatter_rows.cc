@@ -22,7 +22,7 @@ EPMOE_SIMD void multiply(float *out, const float *in, float factor, int64_t n) {
 class Scatter {
  public:
   explicit Scatter(const Problem &p) : p_(p), row_bytes_(p.hidden * itemsize(p.output_dtype)) {
-    streams_ = exceeds_caches(p.tokens * p.topk * row_bytes_);
+    streams_ = exceeds_caches(p.tokens * (p.topk + 1) * row_bytes_);
   }
 
   void run() {
@@ -50,6 +50,7 @@ class Scatter {
   };
   struct Scratch {
     std::vector<Slot> slots;
+    std::vector<char *> places;
     std::vector<float> wide, scaled, scales;
     std::vector<char> row;
   };
@@ -101,15 +102,23 @@ class Scatter {
         convert(s, p_.a1_scales == nullptr ? nullptr : p_.a1_scales + token);
       }
     }
+    s.places.clear();
     for (const Slot &slot : s.slots) {
-      if (p_.scales_by_expert()) convert(s, p_.a1_scales + slot.expert);
       char *out = static_cast<char *>(p_.output) + slot.row * row_bytes_;
-      if (streams_)
-        stream_copy(out, row, row_bytes_);
-      else
-        std::memcpy(out, row, static_cast<size_t>(row_bytes_));
+      if (p_.scales_by_expert()) {
+        convert(s, p_.a1_scales + slot.expert);
+        write(&out, 1, row);
+      } else {
+        s.places.push_back(out);
+      }
       if (scales != nullptr) std::copy_n(scales, p_.groups, p_.output_scales + slot.row * p_.groups);
     }
+    write(s.places.data(), static_cast<int64_t>(s.places.size()), row);
+  }
+
+  void write(char *const *places, int64_t count, const char *row) const {
+    if (streams_) return stream_copies(places, count, row, row_bytes_);
+    for (int64_t k = 0; k < count; ++k) std::memcpy(places[k], row, static_cast<size_t>(row_bytes_));
   }
 
   void convert(Scratch &s, const float *divisor) const {

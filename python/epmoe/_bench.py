@@ -13,7 +13,7 @@ import torch
 
 from epmoe import references
 
-__all__ = ["Clock", "call_of", "copy_rate", "measure"]
+__all__ = ["Clock", "Copy", "call_of", "measure"]
 
 _LEAST_REPLAY = 0.002  # seconds; starting and ending a replay takes some ten microseconds
 _MOST_CALLS = 2000
@@ -46,16 +46,21 @@ def _nbytes(arguments):
     return sum(value.nbytes for value in arguments.values() if isinstance(value, torch.Tensor))
 
 
-def copy_rate(device, nbytes):
-    """Bytes read plus written a second by a copy of so many bytes: what memory gives a kernel that only moves.
+class Copy:
+    """A copy of so many bytes: what memory gives a kernel that only moves.
 
     On CUDA the copy is launched on a stream, which a kernel does; as a node of a graph, a slower engine may do it.
     """
-    words = nbytes // 4
-    source = torch.arange(words, dtype=torch.int32, device=device).mul_(-1640531527)  # not compressible
-    target = torch.empty_like(source)
-    samples = Clock(device, [lambda: target.copy_(source)], capture=False).samples(9)
-    return 2 * 4 * words / statistics.median(samples)
+
+    def __init__(self, device, nbytes):
+        source = torch.arange(nbytes // 4, dtype=torch.int32, device=device).mul_(-1640531527)  # not compressible
+        target = torch.empty_like(source)
+        self._bytes = 2 * source.nbytes
+        self._clock = Clock(device, [lambda: target.copy_(source)], capture=False)
+
+    def rate(self):
+        """Bytes read plus written a second, now."""
+        return self._bytes / statistics.median(self._clock.samples(9))
 
 
 class Clock:

@@ -16,7 +16,7 @@ export interface Timing {
   stable: boolean
   /** Of the bytes that the call has to move. */
   gigabytesPerSecond: number
-  /** Of the rate that a copy reached in the same run. */
+  /** Of the rate that a copy reached just before and after. */
   ofCopy: number
   /** Host time of a call, launch included; CUDA only. */
   launchMicroseconds?: number
@@ -31,7 +31,7 @@ export interface Timing {
 export interface BenchReport {
   schema: 'epmoe.bench/1'
   environment: Record<string, unknown>
-  /** GB/s, read and written, of a copy in this run; by device. */
+  /** GB/s, read and written, of a copy in this run, the median of its times; by device. */
   copy: Record<string, number>
   timings: Timing[]
   /** Why the run is worth nothing, if it is. */
