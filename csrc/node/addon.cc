@@ -1,4 +1,4 @@
-// The addon marshals between JavaScript and the C contract, and does nothing else.
+// The addon marshals between JavaScript, the C contract and CPython, and does nothing else.
 #include "node/environment.h"
 
 namespace epmoe::node {
