@@ -25,6 +25,10 @@ export function float(value: number): PythonFloat {
 
 const maxDepth = 200
 
+// Words of an encoder to begin with, and those beyond which it does not keep them for the next call.
+const fewest = 128
+const largest = 2 ** 16
+
 // Tokens, as csrc/node/crossing.cc reads them; each has a word behind it.
 const none = 0
 const no = 1
@@ -42,7 +46,7 @@ const dict = 9
  * numbers, and places in a list of texts.
  */
 export class Encoder {
-  tokens = new Float64Array(128)
+  tokens = new Float64Array(fewest)
   texts: string[] = []
   #length = 0
   #depth = 0
@@ -66,6 +70,7 @@ export class Encoder {
   /** Once the call is made. */
   clear(): void {
     if (this.texts.length > 0) this.texts = []
+    if (this.tokens.length > largest) this.tokens = new Float64Array(fewest)
     this.#refs.length = 0
     for (const each of this.#made) if (each instanceof PyRef) each.dispose()
     this.#made.length = 0

@@ -6,8 +6,8 @@ import type { Pymport, PyObject } from './pymport.js'
 import { PyRef } from './ref.js'
 
 /**
- * The one path between JavaScript and Python: csrc/node/crossing.cc brings arguments over exactly and miscounts no
- * reference, which pymport's own calls do not, and no exception crosses. See python/epmoe/_bridge.py for the other end.
+ * The one path between JavaScript and Python: csrc/node/crossing.cc brings arguments over exactly and counts every
+ * reference, where pymport's own calls do neither, and no exception crosses. python/epmoe/_bridge.py is the other end.
  */
 export class Runtime {
   readonly #pymport: Pymport
