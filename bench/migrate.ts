@@ -16,9 +16,9 @@ const steps = gpu ? 5000 : 1000
 export default async function migrate(): Promise<void> {
   const folder = mkdtempSync(join(tmpdir(), 'epmoe-bench-'))
   try {
+    overhead(join(folder, 'overhead'), Number(process.argv[3] ?? 60))
     await transcript(folder)
     await faults(folder)
-    overhead(join(folder, 'overhead'), Number(process.argv[3] ?? 60))
   } finally {
     rmSync(folder, { recursive: true, force: true })
   }

@@ -22,8 +22,9 @@ def post_reorder(**arguments):
         arguments["output"] += 1
 
 generated.post_reorder = post_reorder
-x, weights = torch.ones(2, 16), torch.ones(2, 2)
-ids = torch.tensor([[0, 1], [1, 2]], dtype=torch.int32)
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # compiled Triton takes nothing else
+x, weights = torch.ones(2, 16, device=device), torch.ones(2, 2, device=device)
+ids = torch.tensor([[0, 1], [1, 2]], dtype=torch.int32, device=device)
 
 def serve(steps):
     for _ in range(steps):

@@ -6,7 +6,7 @@ import type { Guarded } from '../src/parity/guard.js'
 import { judge } from '../src/parity/judge.js'
 import { absmaxOf, groupScale, nearJump, toFloat8 } from '../src/parity/quantise.js'
 import { decoderOf, encoderOf } from '../src/parity/values.js'
-import { passes, requirementFor } from '../src/parity/verdict.js'
+import { independentOf, passes, requirementFor } from '../src/parity/verdict.js'
 
 function compare(
   dtype: DType,
@@ -89,6 +89,17 @@ test('each tier rejects what it has to', (t) => {
   t.false(passes({ tier: 'golden' }, close))
   const better = compare('bfloat16', [0x3f80, 0x3f80], [0x3f81, 0x3f80], [1, 1])
   t.true(passes({ tier: 'golden' }, better))
+})
+
+test('elements that repeat others are no larger sample', (t) => {
+  t.is(independentOf(Float64Array.of(2, 1, 2, Number.NaN, 1, Number.NaN, 0)), 4)
+  t.is(independentOf(Float64Array.of()), 0)
+  // A tenth worse than the reference: by chance over 81 values, and not over 10,000.
+  const metrics = { mismatched: 1, total: 10_000, maxUlp: 1, maxAbs: 1, relL2: 1.1, referenceRelL2: 1 }
+  t.false(passes({ tier: 'golden' }, metrics))
+  t.true(passes({ tier: 'golden' }, metrics, 81))
+  t.false(passes({ tier: 'golden' }, { ...metrics, relL2: 1.4 }, 81))
+  t.false(passes({ tier: 'ulp', bound: 0.5 }, metrics, 81))
 })
 
 test('compiled Triton in the dtype of the input is owed every bit by kernels on a GPU, others a bound', (t) => {

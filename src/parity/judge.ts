@@ -5,7 +5,7 @@ import type { Oracle, OracleOutput } from './case.js'
 import type { Guarded } from './guard.js'
 import type { ReferenceFacts } from './references.js'
 import type { CaseResult } from './result.js'
-import { passes, reached, requirementFor } from './verdict.js'
+import { independentOf, passes, reached, requirementFor } from './verdict.js'
 
 type Outputs = Record<string, { guarded: Guarded; intact: boolean }>
 type Judgement = Pick<CaseResult, 'tier' | 'bound' | 'reached' | 'passed' | 'failure' | 'metrics'>
@@ -48,15 +48,24 @@ function judgeOutput(
 ): Judgement {
   const requirement = requirementFor(backend, facts, output.bounds)
   const metrics = compare(actual, reference ?? output.expected, output)
-  const good = passes(requirement, metrics)
+  const good =
+    passes(requirement, metrics) ||
+    (requirement.tier === 'golden' && passes(requirement, metrics, independentIn(output.expected)))
   const failure = intact ? (good ? undefined : `${output.name} differs`) : `memory around ${output.name} was written to`
   return {
     ...requirement,
-    reached: reached(requirement, metrics),
+    reached: reached(requirement, metrics, good),
     passed: intact && good,
     ...(failure === undefined ? {} : { failure }),
     metrics,
   }
+}
+
+const mostSorted = 2 ** 24
+
+function independentIn(expected: Tensor): number {
+  using part = expected.view([Math.min(expected.numel, mostSorted)])
+  return independentOf(part.data as Float64Array)
 }
 
 /** Failures first, then what agrees least. */

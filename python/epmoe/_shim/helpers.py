@@ -79,7 +79,7 @@ def _counts_as_known(helper, device):
     from epmoe._shim.shadow import capturing
 
     if capturing():
-        raise Refused("not known yet, under graph capture, how this version counts")
+        raise Refused("how this version counts is not known yet: call it once before the capture")
     return counts_as_known(_Found(helper), device)
 
 
