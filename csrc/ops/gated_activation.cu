@@ -22,7 +22,7 @@ struct Arguments {
   int64_t rows, rows_each, scale_count, start_expert_id, end_expert_id;
   uint32_t width, groups;
   int32_t op_index;
-  bool ids_int64, power_of_two;
+  bool ids_int64, power_of_two, streams;
 };
 
 constexpr float kLog2E = 1.4426950408889634f;
@@ -81,22 +81,15 @@ __device__ __forceinline__ float round_to(float x) {
 
 // act(gate) * up. The original rounds the activation to T and the product again, which a multiplication in T does.
 template <Function kFunction, bool kQuantises, bool kTriton, typename T>
-__device__ __forceinline__ void multiply(float (&y)[kOctet], const float (&gate)[kOctet], const float (&up)[kOctet]) {
-  if constexpr (!kTriton) {
+__device__ __forceinline__ void multiply(float (&y)[kOctet], const T (&gate)[kOctet], const T (&up)[kOctet]) {
 #pragma unroll
-    for (int i = 0; i < kOctet; ++i) y[i] = __fmul_rn(activate<kFunction, T>(gate[i]), up[i]);
-  } else if constexpr (sizeof(T) == 4) {
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) y[i] = __fmul_rn(activate_as_triton<kFunction, kQuantises>(gate[i]), up[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kOctet; i += 2) {
-      const float2 activated = make_float2(activate_as_triton<kFunction, kQuantises>(gate[i]),
-                                           activate_as_triton<kFunction, kQuantises>(gate[i + 1]));
-      const float2 product = Element<T>::widen(
-          __hmul2_rn(Element<T>::narrow(activated), Element<T>::narrow(make_float2(up[i], up[i + 1]))));
-      y[i] = product.x;
-      y[i + 1] = product.y;
+  for (int i = 0; i < kOctet; ++i) {
+    const float g = Element<T>::widen(gate[i]);
+    if constexpr (!kTriton) {
+      y[i] = __fmul_rn(activate<kFunction, T>(g), Element<T>::widen(up[i]));
+    } else {
+      const T activated = Element<T>::narrow(activate_as_triton<kFunction, kQuantises>(g));
+      y[i] = Element<T>::widen(Element<T>::mul(activated, up[i]));
     }
   }
 }
@@ -123,8 +116,8 @@ __device__ __forceinline__ void move_row(const Arguments &a, int64_t row, float 
   float y[kOctet] = {};
   if (count > 0) {
     const T *input = static_cast<const T *>(a.input) + row * 2 * a.width + column;
-    float gate[kOctet];
-    float up[kOctet];
+    T gate[kOctet];
+    T up[kOctet];
     gpu::load_octet<kVectors>(gate, input, count);
     gpu::load_octet<kVectors>(up, input + a.width, count);
     multiply<kFunction, kQuantises, kTriton, T>(y, gate, up);
@@ -141,12 +134,17 @@ __device__ __forceinline__ void move_row(const Arguments &a, int64_t row, float 
 #pragma unroll
     for (int i = 0; i < kOctet; ++i) y[i] = kTriton ? round_to<T>(__fmul_rn(y[i], factor)) : by.divide(y[i]);
   }
-  if (count > 0) gpu::store_octet<kVectors>(static_cast<Out *>(a.output) + row * a.width + column, y, count, false);
+  if (count > 0) gpu::store_octet<kVectors>(static_cast<Out *>(a.output) + row * a.width + column, y, count, a.streams);
 }
+
+// Blocks an SM. With as few registers as a full SM has, ptxas loads `up` when the original's arithmetic is through with
+// `gate`, and waits twice.
+template <bool kQuantises, bool kTriton>
+constexpr int kMinBlocks = kTriton && !kQuantises ? 12 : 16;
 
 // Grid: x covers the columns, y rows (and strides), z experts when only the first rows of each are active.
 template <typename T, typename Out, bool kVectors, Function kFunction, bool kQuantises, bool kTriton>
-__global__ void __launch_bounds__(gpu::kMaxThreads) kernel(const Arguments a) {
+__global__ void __launch_bounds__(gpu::kMaxThreads, kMinBlocks<kQuantises, kTriton>) kernel(const Arguments a) {
   gpu::wait_for_earlier_work();
   const uint32_t column = (blockIdx.x * blockDim.x + threadIdx.x) * kOctet;
   int64_t begin = 0;
@@ -226,6 +224,10 @@ void run_cuda(const Problem &p) {
   a.op_index = p.call->entry->index;
   a.ids_int64 = p.reorder_topk_ids.is_int64;
   a.power_of_two = p.power_of_two;
+  // As in gather_sum.cu: what exceeds L2 by little displaces nothing when it streams.
+  const int64_t bytes = p.rows * p.width * (2 * itemsize(p.input_dtype) + itemsize(p.output_dtype));
+  const int64_t l2_bytes = cuda::facts(device).l2_bytes;
+  a.streams = bytes > l2_bytes && bytes <= 4 * l2_bytes;
 
   const bool vectors = p.width % kOctet == 0 && gpu::aligned16(p.input) && gpu::aligned16(p.output);
   const int64_t octets = (p.width + kOctet - 1) / kOctet;

@@ -38,45 +38,69 @@ class Divisor {
   float reciprocal_ = 0.0f;
 };
 
-// The scale under which values up to `absmax` fit float8.
+// The scale under which values up to `absmax` fit float8. By the reciprocal of 448 and one correction, which is exact
+// for every float32 of that size; infinity would make it NaN.
 template <bool kTriton>
 __device__ __forceinline__ float float8_scale(float absmax, bool power_of_two) {
   const float most = fmaxf(absmax, quantize::kLeastAbsmax);
-  const float scale = kTriton ? divide_approximately(most, quantize::kLargest) : __fdiv_rn(most, quantize::kLargest);
+  float scale;
+  if constexpr (kTriton) {
+    scale = divide_approximately(most, quantize::kLargest);
+  } else {
+    constexpr float kReciprocal = 1.0f / quantize::kLargest;
+    const float quotient = __fmul_rn(most, kReciprocal);
+    const float corrected = __fmaf_rn(__fmaf_rn(-quotient, quantize::kLargest, most), kReciprocal, quotient);
+    scale = isinf(most) ? most : corrected;
+  }
   const uint32_t bits = __float_as_uint(scale);
   if (!power_of_two || (bits & 0x7fffffu) == 0) return scale;
   return __uint_as_float((bits + 0x800000u) & 0xff800000u);
 }
 
-// Quotients in the range of float8. The original's clamp turns a NaN into its lower bound.
+// Quotients in the range of float8, by a scale that float8_scale() gave. The original's clamp turns a NaN into its
+// lower bound. The default divides as Divisor does without its branches: such a scale is moderate or infinite, where a
+// quotient is 0 or NaN, and a quotient that is not moderate becomes a zero, of which the sign alone counts.
 template <bool kTriton, int N>
 __device__ __forceinline__ void quantise(float (&out)[N], const float (&in)[N], float scale) {
-  const Divisor<kTriton> by(scale);
+  if constexpr (kTriton) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const float quotient = by.divide(in[i]);
-    out[i] = kTriton ? fminf(fmaxf(quotient, -quantize::kLargest), quantize::kLargest) : quotient;
+    for (int i = 0; i < N; ++i) {
+      out[i] = fminf(fmaxf(divide_approximately(in[i], scale), -quantize::kLargest), quantize::kLargest);
+    }
+  } else {
+    const float reciprocal = __frcp_rn(scale);
+    const float finite = fminf(scale, 3.4028234663852886e38f);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float quotient = __fmul_rn(in[i], reciprocal);
+      out[i] = copysignf(__fmaf_rn(__fmaf_rn(-quotient, finite, in[i]), reciprocal, quotient), in[i]);
+    }
   }
 }
 
-// Eight consecutive elements as float32: loaded and stored by vectors, or one by one up to `count` of them.
+// Eight consecutive elements, loaded and stored by vectors, or one by one up to `count` of them; as they lie in memory,
+// and as float32.
 constexpr int kOctet = 8;
 
 template <bool kVectors, typename T>
-__device__ __forceinline__ void load_octet(float (&out)[kOctet], const T *source, int count) {
+__device__ __forceinline__ void load_octet(T (&out)[kOctet], const T *source, int count) {
   if constexpr (kVectors) {
     constexpr int kLanes = 16 / sizeof(T);
 #pragma unroll
     for (int i = 0; i < kOctet / kLanes; ++i) {
-      float part[kLanes];
-      load<CachePolicy::kCached, T, kLanes>(source + i * kLanes).widen(part);
-#pragma unroll
-      for (int j = 0; j < kLanes; ++j) out[i * kLanes + j] = part[j];
+      const auto part = load<CachePolicy::kCached, T, kLanes>(source + i * kLanes);
+      memcpy(&out[i * kLanes], part.word, sizeof part.word);
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kOctet; ++i) out[i] = i < count ? Element<T>::widen(source[i]) : 0.0f;
+    for (int i = 0; i < kOctet; ++i) out[i] = i < count ? source[i] : T{};
   }
+}
+
+template <typename T>
+__device__ __forceinline__ void widen_octet(float (&out)[kOctet], const T (&in)[kOctet]) {
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) out[i] = Element<T>::widen(in[i]);
 }
 
 // `streams`: what is stored leaves the caches first.

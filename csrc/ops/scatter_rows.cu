@@ -110,7 +110,8 @@ __device__ __forceinline__ void copy_scales(const Arguments &a, int64_t token, S
   });
 }
 
-// Rows moved as they are, in units of what their alignment allows. `width` counts units in a row.
+// Rows moved as they are, in units of what their alignment allows. `width` counts units in a row. Of tokens whose slots
+// are all remote the row is read for nothing: waiting for the slots first takes longer where rows come from L2.
 template <typename Unit>
 __global__ void __launch_bounds__(gpu::kMaxThreads) copy_kernel(const Arguments a, uint32_t width) {
   gpu::wait_for_earlier_work();
@@ -119,9 +120,9 @@ __global__ void __launch_bounds__(gpu::kMaxThreads) copy_kernel(const Arguments 
   const auto *input = static_cast<const Unit *>(a.input);
   auto *output = static_cast<Unit *>(a.output);
   for (int64_t token = blockIdx.y; token < a.tokens; token += gridDim.y) {
+    Unit data{};
+    if (inside) data = __ldg(input + token * width + column);
     for_lanes(a, token, [&](Slot mine) {
-      Unit data{};
-      if (inside) data = __ldg(input + token * width + column);
       for_slots(mine, [&](uint32_t row, float) {
         if (inside) output[static_cast<uint64_t>(row) * width + column] = data;
       });
@@ -194,9 +195,15 @@ __global__ void __launch_bounds__(gpu::kMaxThreads) convert_kernel(const Argumen
   const auto *input = static_cast<const In *>(a.input) + column;
   auto *output = static_cast<Out *>(a.output) + column;
   for (int64_t token = blockIdx.y; token < a.tokens; token += gridDim.y) {
+    In row_of_token[kOctet] = {};
+    const auto load = [&] {
+      if (count > 0) gpu::load_octet<kVectors>(row_of_token, input + token * a.hidden, count);
+    };
+    if (!a.streams) load();
     for_lanes(a, token, [&](Slot mine) {
-      float x[kOctet] = {};
-      if (count > 0) gpu::load_octet<kVectors>(x, input + token * a.hidden, count);
+      if (a.streams) load();
+      float x[kOctet];
+      gpu::widen_octet(x, row_of_token);
       float y[kOctet];
       const float group_scale = convert<kQuantization, kTriton>(a, token, y, x);
       for_slots(mine, [&](uint32_t row, float scale) {
@@ -227,9 +234,9 @@ __global__ void __launch_bounds__(kRowThreads, 2) quantise_row_kernel(const Argu
   const uint32_t stride = blockDim.x * kOctet;
   const uint32_t first = threadIdx.x * kOctet;
   const auto load = [&](float (&x)[kOctet], uint32_t column) {
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) x[i] = 0.0f;
-    if (column < a.hidden) gpu::load_octet<kVectors>(x, input + column, columns_at(a, column));
+    In raw[kOctet] = {};
+    if (column < a.hidden) gpu::load_octet<kVectors>(raw, input + column, columns_at(a, column));
+    gpu::widen_octet(x, raw);
   };
   float x[kRowOctets][kOctet];
 #pragma unroll
