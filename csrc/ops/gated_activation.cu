@@ -20,7 +20,7 @@ struct Arguments {
   float *output_scales;
   cuda::StatusWord *status;
   int64_t rows, rows_each, scale_count, start_expert_id, end_expert_id;
-  uint32_t width, groups;
+  uint32_t width, groups, zero;
   int32_t op_index;
   bool ids_int64, power_of_two, streams;
 };
@@ -94,6 +94,20 @@ __device__ __forceinline__ void multiply(float (&y)[kOctet], const T (&gate)[kOc
   }
 }
 
+// Makes `first` hang on `second` as well. To save registers ptxas loads the second when the original's arithmetic is through
+// with the first, and waits twice. `zero` is 0, which the compiler must not know.
+template <typename T>
+__device__ __forceinline__ void use_together(T (&first)[kOctet], const T (&second)[kOctet], uint32_t zero) {
+  constexpr int kWords = kOctet * sizeof(T) / 4;
+  uint32_t word[kWords];
+  uint32_t other[kWords];
+  memcpy(word, first, sizeof word);
+  memcpy(other, second, sizeof other);
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) word[i] ^= other[i] & zero;
+  memcpy(first, word, sizeof word);
+}
+
 // Whether a row is active; finds its divisor.
 __device__ __forceinline__ bool active(const Arguments &a, int64_t row, float &scale) {
   if (a.reorder_topk_ids == nullptr) return true;
@@ -120,6 +134,7 @@ __device__ __forceinline__ void move_row(const Arguments &a, int64_t row, float 
     T up[kOctet];
     gpu::load_octet<kVectors>(gate, input, count);
     gpu::load_octet<kVectors>(up, input + a.width, count);
+    if constexpr (kVectors && kTriton && !kQuantises) use_together(gate, up, a.zero);
     multiply<kFunction, kQuantises, kTriton, T>(y, gate, up);
   }
   if constexpr (kQuantises) {
@@ -137,14 +152,13 @@ __device__ __forceinline__ void move_row(const Arguments &a, int64_t row, float 
   if (count > 0) gpu::store_octet<kVectors>(static_cast<Out *>(a.output) + row * a.width + column, y, count, a.streams);
 }
 
-// Blocks an SM. With as few registers as a full SM has, ptxas loads `up` when the original's arithmetic is through with
-// `gate`, and waits twice.
-template <bool kQuantises, bool kTriton>
-constexpr int kMinBlocks = kTriton && !kQuantises ? 12 : 16;
+// Blocks an SM: one full of warps, at 32 registers a thread, but for float32's exponential.
+template <typename T>
+constexpr int kMinBlocks = sizeof(T) == 4 ? 12 : 16;
 
 // Grid: x covers the columns, y rows (and strides), z experts when only the first rows of each are active.
 template <typename T, typename Out, bool kVectors, Function kFunction, bool kQuantises, bool kTriton>
-__global__ void __launch_bounds__(gpu::kMaxThreads, kMinBlocks<kQuantises, kTriton>) kernel(const Arguments a) {
+__global__ void __launch_bounds__(gpu::kMaxThreads, kMinBlocks<T>) kernel(const Arguments a) {
   gpu::wait_for_earlier_work();
   const uint32_t column = (blockIdx.x * blockDim.x + threadIdx.x) * kOctet;
   int64_t begin = 0;
