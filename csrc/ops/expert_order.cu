@@ -340,7 +340,7 @@ void run_cuda(const Problem &p) {
     threads = std::min(kMostThreads, 32 * std::max(a.runs, divide_up(buckets, 32)));
   };
   const bool clusters = cuda::facts(device).cc_major >= 9;
-  if (run_few(p, a, clusters)) return;
+  if (run_few(p, a)) return;
   if (p.slots <= (clusters ? kBlockSlots : kMostKept)) {
     divide_among(1);
     const int filling = p.m_indices == nullptr ? 0 : divide_up(p.experts, threads / 32);
