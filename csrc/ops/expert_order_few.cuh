@@ -8,7 +8,7 @@
 namespace epmoe::expert_order {
 namespace {
 
-constexpr int kFewRuns = 8;      // of a block of few_kernel; with 16, the code is longer and every size slower
+constexpr int kFewRuns = 8;        // of a block of few_kernel; with 16, the code is longer and every size slower
 constexpr int kCountedAtOnce = 8;  // of all slots, by a thread
 
 // Few slots, packed: each lane keeps kPer of a run's slots in registers, and a run has kPer words of marks a bucket, so
@@ -135,7 +135,7 @@ bool launch_few(const Problem &p, Arguments a, int most_slots) {
   const size_t shared = size_t{4} * static_cast<size_t>(buckets) * static_cast<size_t>(a.runs * (kPer + 1) + 2);
   if (p.slots > most_slots || threads > kMostThreads || shared > gpu::kMostShared) return false;
   gpu::kernel_of<&few_kernel<kPer, kAlone>>().launch(*p.call, dim3(static_cast<unsigned>(blocks)),
-                                                    dim3(static_cast<unsigned>(threads)), shared, a);
+                                                     dim3(static_cast<unsigned>(threads)), shared, a);
   return true;
 }
 

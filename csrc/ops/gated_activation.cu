@@ -94,8 +94,8 @@ __device__ __forceinline__ void multiply(float (&y)[kOctet], const T (&gate)[kOc
   }
 }
 
-// Makes `first` hang on `second` as well. To save registers ptxas loads the second when the original's arithmetic is through
-// with the first, and waits twice. `zero` is 0, which the compiler must not know.
+// Makes `first` hang on `second` as well. To save registers ptxas loads the second when the original's arithmetic is
+// through with the first, and waits twice. `zero` is 0, which the compiler must not know.
 template <typename T>
 __device__ __forceinline__ void use_together(T (&first)[kOctet], const T (&second)[kOctet], uint32_t zero) {
   constexpr int kWords = kOctet * sizeof(T) / 4;
