@@ -17,15 +17,40 @@ from epmoe import shim
 
 
 def overhead(folder, seconds=60.0, rate=0.01):
-    """Medians of blocks of steps, each over the block without a shim before it."""
-    gpu = torch.cuda.is_available()
+    """Medians of blocks of steps, each over the block without a shim before it, for each loop there is."""
     serve.serving_stack.write(Path(folder) / "serving")
     sys.path.insert(0, str(folder))
     from serving import kernels_a, layer
 
-    tokens, hidden = ([1, 16, 64, 256], 2048) if gpu else ([1, 2], 16)
-    loop = serve.Loop(layer, kernels_a, tokens, hidden, torch.bfloat16, True, 4096 if gpu else 64)
-    steps = 200 if gpu else 40
+    if not torch.cuda.is_available():
+        loop = serve.Loop(layer, kernels_a, [1, 2], 16, torch.bfloat16, True, 64)
+        return [measured("Triton interpreted", loop, 40, seconds, rate)]
+    few = serve.Loop(layer, kernels_a, [1, 16, 64, 256], 2048, torch.bfloat16, True, 4096)
+    many = WithProducts(layer, kernels_a, [2048, 4096, 8192], 4096, torch.bfloat16, True, 4096)
+    return [
+        measured("decode, nothing but launches", few, 200, 2 * seconds / 3, rate),
+        measured("prefill, with the experts' products", many, 60, seconds / 3, rate),
+    ]
+
+
+class WithProducts(serve.Loop):
+    """The two products that a layer's experts make of their rows, of as many as there are, all by one matrix."""
+
+    def __init__(self, layer, kernels, tokens, hidden, *more):
+        super().__init__(layer, kernels, tokens, hidden, *more)
+        self.w13 = torch.randn(hidden, 2 * hidden, dtype=torch.bfloat16, device=serve.DEVICE)
+        self.w2 = torch.randn(hidden, hidden, dtype=torch.bfloat16, device=serve.DEVICE)
+
+    def one(self, at):
+        found = super().one(at)
+        rows = found[1]  # [T * K, H]
+        torch.mm(rows, self.w13)
+        torch.mm(rows, self.w2)
+        return found
+
+
+def measured(what, loop, steps, seconds, rate):
+    gpu = torch.cuda.is_available()
 
     def block():
         begin = time.perf_counter()
@@ -36,6 +61,7 @@ def overhead(folder, seconds=60.0, rate=0.01):
         return (time.perf_counter() - begin) / steps
 
     block()
+    shim.reset()
     shim.configure(rate=rate, first_per_shape=1, trip_after=0, max_ulp=4)
     times = {"none": [], "triton": [], "shadow": []}
     ratios = {"triton": [], "shadow": []}
@@ -52,6 +78,7 @@ def overhead(folder, seconds=60.0, rate=0.01):
     shim.flush()
     counts = {name: each for name, each in shim.stats().items() if each["launches"]}
     return {
+        "loop": what,
         "device": torch.cuda.get_device_name() if gpu else "CPU, Triton interpreted",
         "blocks": len(ratios["shadow"]),
         "steps": steps,

@@ -14,7 +14,7 @@ from epmoe.errors import EpmoeError
 
 MODES = ("triton", "epmoe", "shadow", "off")
 ENVIRONMENT = "EPMOE_SHIM"
-MAX_EVENTS, MAX_REASONS, MAX_SHAPES, MAX_TIMED, MAX_TIMES = 1000, 64, 4096, 256, 20
+MAX_EVENTS, MAX_REASONS, MAX_SHAPES, MAX_TIMED, MAX_TIMES = 1000, 64, 4096, 256, 8
 SETTINGS = {
     "numerics": "triton",  # "fp32": float32 with one rounding
     "strict": False,
@@ -41,6 +41,8 @@ class Control:
         self.reset()
 
     def reset(self):
+        self.launches = self.by_triton = self.by_epmoe = 0  # and how long Triton's took: told of every launch
+        self.triton_seconds = 0.0
         self.counts = collections.Counter()
         self.reasons = collections.Counter()
         self.seconds = collections.Counter()
@@ -96,7 +98,8 @@ class Control:
     def stats(self):
         with self.lock:
             counts = {name: self.counts[name] for name in COUNTS}
-            triton, shadow = self.seconds["triton"], self.seconds["shadow"]
+            counts.update(launches=self.launches, triton=self.by_triton, epmoe=self.by_epmoe)
+            triton, shadow = self.triton_seconds, self.seconds["shadow"]
             return {
                 "op": self.op,
                 "mode": self.mode,
@@ -144,9 +147,10 @@ class Sampler:
         self.random = random.Random(seed).random
         self.seen = {}
 
-    def wants(self, shape_of):
+    def wants(self, shape_of, call):
+        """Whether to take this one; ``shape_of(*call)`` is asked for while shapes count."""
         if self.first > 0:
-            shape = shape_of()
+            shape = shape_of(*call)
             times = self.seen.get(shape, 0)
             if times < self.first and (times or len(self.seen) < MAX_SHAPES):
                 self.seen[shape] = times + 1

@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import math
+import operator
 import threading
 import time
 import warnings
@@ -20,13 +22,14 @@ _NO_ORIGINAL = "Install an SGLang that has it, name one in EPMOE_SGLANG, or set 
 
 
 def shape_of(args, kwargs):
-    """What tells launches apart for sampling."""
+    """What tells calls apart for sampling, where nothing is known of their parameters."""
     values = (*args, *kwargs.values())
     return tuple((each.shape, each.dtype) if isinstance(each, Tensor) else type(each) for each in values)
 
 
 class Shim:
-    """What both kinds share: a call is described to epmoe by ``prepare`` and served by Triton through ``original``."""
+    """What both kinds share: ``_describe`` tells a call to epmoe, ``_launch_original`` leaves it to Triton, ``_shape``
+    tells it apart from others for sampling."""
 
     def __init__(self, name, original=None):
         self.__name__ = self.__qualname__ = name
@@ -52,69 +55,71 @@ class Shim:
                     self._original = found.kernel(self.__name__)
         return self._original
 
-    def _serve(self, described, serve, shape):
-        """``described()`` is the call for epmoe, ``serve()`` launches Triton's, ``shape()`` tells shapes apart."""
+    def _serve(self, call):
+        """``call`` is the grid, if there is one, the arguments and the keyword arguments. Most launches are only
+        counted, and what is done for that costs serving."""
         control = self._control
         mode = control.mode
         if mode == "off":
-            return serve()
+            return self._launch_original(*call)
         if shadow.pending:
             shadow.poll()
-        if recorder.ring is not None and self._control.recording.wants(shape):
-            return self._recorded(described, serve)
+        if recorder.ring is not None and control.recording.wants(self._shape, call):
+            return self._recorded(call)
         if mode == "epmoe":
-            return self._own(described, serve)
+            return self._own(call)
         if mode == "shadow":
             if shadow.capturing():
-                return self._captured(described, serve, shape)
-            if control.sampler.wants(shape):
-                return self._compared(described, serve)
-        return self._triton(serve)
+                return self._captured(call)
+            if control.sampler.wants(self._shape, call):
+                return self._compared(call)
+        return self._triton(call)
 
-    def _triton(self, serve):
+    def _triton(self, call):
         control = self._control
         begin = time.perf_counter()
-        result = serve()
+        result = self._launch_original(*call)
         spent = time.perf_counter() - begin
         with control.lock:
-            control.counts["launches"] += 1
-            control.counts["triton"] += 1
-            control.seconds["triton"] += spent
+            control.launches += 1
+            control.by_triton += 1
+            control.triton_seconds += spent
         return result
 
-    def _own(self, described, serve):
-        control, call = self._control, None
+    def _own(self, call):
+        control, described = self._control, None
         try:
-            _, call, _ = described()
-            result = call.run()
+            _, described, _ = self._describe(*call)
+            result = described.run()
         except Exception as error:
             # Of an index out of range epmoe skips the slot and says so; Triton would read or write out of bounds.
             beyond = isinstance(error, EpmoeError) and error.code == "ERR_INDEX_OUT_OF_RANGE"
-            beyond = beyond and call is not None and call.written()
+            beyond = beyond and described is not None and described.written()
             if beyond or control.strict:
-                control.count("launches")
+                with control.lock:
+                    control.launches += 1
                 raise _refusal(self.__name__, error) from error
             control.fell_back(_key(error), _told(error))
-            return self._triton(serve)
+            return self._triton(call)
         with control.lock:
-            control.counts["launches"] += 1
-            control.counts["epmoe"] += 1
+            control.launches += 1
+            control.by_epmoe += 1
         return result
 
-    def _captured(self, described, serve, shape):
+    def _captured(self, call):
         """In shadow under graph capture: what is sampled is compared at each replay."""
         control, stage = self._control, None
         control.count("captured")
-        if control.sampler.wants(shape):
+        if control.sampler.wants(self._shape, call):
             with timed(control, "shadow"):
                 try:
-                    generation, call, launch = described()
-                    stage = capture.Stage(control, call, generation, launch)
+                    generation, described, launch = self._describe(*call)
+                    stage = capture.Stage(control, described, generation, launch)
                     stage.before()
                 except Exception as error:
                     stage = None
                     shadow.captured(control, _told(error))
-        result = self._triton(serve)
+        result = self._triton(call)
         if stage is not None:
             with timed(control, "shadow"):
                 try:
@@ -124,21 +129,21 @@ class Shim:
                     shadow.captured(control, _told(error))
         return result
 
-    def _compared(self, described, serve):
+    def _compared(self, call):
         control = self._control
         sample = None
         with timed(control, "shadow"):
             try:
-                generation, call, launch = described()
-                sample = shadow.Sample(control, call, generation, launch)
+                generation, described, launch = self._describe(*call)
+                sample = shadow.Sample(control, described, generation, launch)
                 if sample.device.type == "cuda":
                     capture.prepare(sample.device)
             except Exception as error:
                 self._not_compared(error)
         if sample is None:
-            return self._triton(serve)
+            return self._triton(call)
         with sample.timed() as sample.triton:
-            result = self._triton(serve)
+            result = self._triton(call)
         with timed(control, "shadow"):
             control.count("sampled")
             try:
@@ -153,29 +158,28 @@ class Shim:
         else:
             shadow.failed(self._control, error, launch)
 
-    def _recorded(self, described, serve):
+    def _recorded(self, call):
         """Serves as the mode says but without sampling, and writes what went in and what came out."""
         control = self._control
         if shadow.capturing():
             control.count("captured")
             shadow.captured(control, "what a graph replays is not recorded, but for mismatches in shadow")
-            return self._own(described, serve) if control.mode == "epmoe" else self._triton(serve)
+            return self._own(call) if control.mode == "epmoe" else self._triton(call)
         made = None
         with timed(control, "record"):
             try:
-                made = self._capsule_before(described)
+                made = self._capsule_before(*self._describe(*call))
             except Exception as error:
                 control.fell_back(_key(error), _told(error), "record_failures")
-        result = self._own(described, serve) if control.mode == "epmoe" else self._triton(serve)
+        result = self._own(call) if control.mode == "epmoe" else self._triton(call)
         if made is not None:
-            capsule, call = made
+            capsule, described = made
             with timed(control, "record"):
-                capsule.tensors["epmoe" if control.mode == "epmoe" else "triton"] = call.results(result)
+                capsule.tensors["epmoe" if control.mode == "epmoe" else "triton"] = described.results(result)
                 recorder.write(control, capsule)
         return result
 
-    def _capsule_before(self, described):
-        generation, call, launch = described()
+    def _capsule_before(self, generation, call, launch):
         written = call.written()
         inputs = {name: tensor for name, tensor in call.tensors().items() if name not in written}
         device = next((tensor.device for tensor in call.tensors().values()), None)
@@ -212,11 +216,15 @@ class Kernel(Shim):
         super().__init__(name, original)
         self._form = self._names = None
         self._defaults = {}
+        self._last_size = math.inf
         if original is not None:
             self._form = form_of(original, name)
             parameters = inspect.signature(getattr(original, "fn", original)).parameters
             self._names = tuple(parameters)
             self._defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
+        if self._form is not None:
+            sizes = [at for at, name in enumerate(self._form.names) if name in ("topk", "hidden_size")]
+            self._sizes, self._last_size = operator.itemgetter(*sizes), max(sizes)
 
     def __getitem__(self, grid):
         return functools.partial(self._launch, grid)
@@ -230,11 +238,22 @@ class Kernel(Shim):
         return self.original()(*args, **kwargs)
 
     def _launch(self, grid, /, *args, **kwargs):
-        return self._serve(
-            lambda: self._describe(grid, args, kwargs),
-            lambda: self.original()[grid](*args, **kwargs),
-            lambda: shape_of(args, kwargs),
-        )
+        return self._serve((grid, args, kwargs))
+
+    def _launch_original(self, grid, args, kwargs):
+        return (self._original or self.original())[grid](*args, **kwargs)
+
+    def _shape(self, grid, args, kwargs):
+        """A kernel sees the grid, the sizes and the dtypes of a launch, and no shapes."""
+        if len(args) <= self._last_size:
+            return shape_of(args, kwargs)
+        given, output = args[0], args[1]
+        try:
+            if type(grid) is not tuple:
+                grid = given.shape, output.shape
+            return grid, self._sizes(args), given.dtype, output.dtype
+        except AttributeError:  # no tensors: epmoe will say so
+            return shape_of(args, kwargs)
 
     def _describe(self, grid, args, kwargs):
         names, form = self._names, self._form
@@ -278,11 +297,13 @@ class Helper(Shim):
             self.__doc__, self.__module__, self.__wrapped__ = original.__doc__, original.__module__, original
 
     def __call__(self, *args, **kwargs):
-        return self._serve(
-            lambda: self._describe(args, kwargs),
-            lambda: self.original()(*args, **kwargs),
-            lambda: shape_of(args, kwargs),
-        )
+        return self._serve((args, kwargs))
+
+    def _launch_original(self, args, kwargs):
+        return (self._original or self.original())(*args, **kwargs)
+
+    def _shape(self, args, kwargs):
+        return shape_of(args, kwargs)
 
     def _describe(self, args, kwargs):
         helper = self._helper
