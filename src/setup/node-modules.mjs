@@ -9,7 +9,7 @@ export async function installNodeModules() {
   if (process.env['npm_config_offline'] === 'true' && missing.every(({ dev }) => dev)) {
     return { remark: `offline, without ${missing.map(({ path }) => path.replace('node_modules/', '')).join(', ')}` }
   }
-  // Not `npm ci`: it rejects a lock file made where the registry lacks other platforms' optional binaries.
+  // Not `npm ci`: it would remove what is there first.
   // Install scripts would build pymport and the addon; those are steps of their own, with better words for a failure.
   await run('npm', ['install', '--no-save', '--ignore-scripts', '--no-audit', '--no-fund'], {
     remedy: 'check that npm reaches its registry (npm ping), then try again',
