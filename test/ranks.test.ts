@@ -2,13 +2,15 @@ import { mkdtempSync, readFileSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import test, { type ExecutionContext } from 'ava'
-import { gpu } from './helpers/devices.js'
+import { devices } from 'epmoe'
+import { gpu, standIn } from './helpers/devices.js'
 import { allowedError } from './helpers/golden.js'
 import { inParallel } from './helpers/in-parallel.js'
 import { type Ending, onTheirOwn, torchrun } from './ranks/launch.js'
 import type { Outcome, Report } from './ranks/outcome.js'
 
 // NCCL wants a GPU for each rank: with one GPU it is tried with one rank, and several ranks by way of the host.
+const gpus = standIn ? 0 : devices().length - 1
 const jobs = [
   { ranks: 2, backend: 'gloo', device: 'cpu' },
   { ranks: 4, backend: 'gloo', device: 'cpu' },
@@ -18,6 +20,7 @@ const jobs = [
         { ranks: 1, backend: 'nccl', device: 'cuda:0' },
         { ranks: 2, backend: 'gloo', device: 'cuda:0' },
       ]),
+  ...[2, 4, 8].filter((ranks) => ranks <= gpus).map((ranks) => ({ ranks, backend: 'nccl', device: 'own' })),
 ]
 
 for (const { ranks, backend, device } of jobs) {
@@ -133,7 +136,14 @@ function seenBy({ output }: Ending): Seen[] {
 }
 
 // The timeout of test/ranks/lost.ts is 8 s.
-const fates: Record<string, { code: string; message: RegExp; victim?: number; scheme?: string }> = {
+interface Fate {
+  code: string
+  message: RegExp
+  victim?: number
+  scheme?: string
+}
+
+const fates: Record<string, Fate> = {
   'is killed': { code: 'ERR_RANK_LOST', message: /rank 1 has given no sign of life for \d/ },
   'is killed, and keeps the store': {
     code: 'ERR_RANK_LOST',
@@ -148,11 +158,21 @@ const fates: Record<string, { code: string; message: RegExp; victim?: number; sc
   'fails in the middle': { code: 'ERR_RANK_LOST', message: /rank 1 failed in call 4: experts on fire/ },
 }
 
-for (const [fate, { code, message, victim = 1, scheme = 'all-to-all' }] of Object.entries(fates)) {
-  test(`rank ${victim} of 3 ${fate}: the others are told, by name, and end`, async (t) => {
+for (const [fate, expected] of Object.entries(fates)) isTold(3, 'gloo', fate, expected)
+// A GPU that waits for a dead one would wait for ever.
+if (gpus >= 2) {
+  for (const scheme of ['all-reduce', 'all-to-all'])
+    for (const fate of ['is killed', 'freezes']) isTold(2, 'nccl', fate, { ...fates[fate]!, scheme })
+}
+
+function isTold(ranks: number, backend: string, fate: string, expected: Fate): void {
+  const { code, message, victim = 1, scheme = 'all-to-all' } = expected
+  const title = `rank ${victim} of ${ranks} ${fate}, ${scheme} by ${backend}: the others are told, by name, and end`
+  test(title, async (t) => {
     t.timeout(240_000)
     const { others, victims } = await inParallel(async () => {
-      const { children, endings } = await onTheirOwn(3, ['test/ranks/lost.ts', fate, String(victim), scheme])
+      const program = ['test/ranks/lost.ts', fate, String(victim), scheme, backend]
+      const { children, endings } = await onTheirOwn(ranks, program)
       const ended = await Promise.all(endings.filter((_, rank) => rank !== victim))
       children[victim]?.kill('SIGKILL')
       return { others: ended, victims: await endings[victim]! }

@@ -1,5 +1,5 @@
 // Run by torchrun, once a rank: puts the layer through its cases and writes what came of them to FOLDER/<rank>.json.
-// tsx test/ranks/cases.ts FOLDER BACKEND DEVICE
+// tsx test/ranks/cases.ts FOLDER BACKEND DEVICE, where DEVICE is `own` for each rank's GPU
 import { writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import type { ExpertParallelOptions } from 'epmoe'
@@ -8,12 +8,13 @@ import { reference } from '../helpers/golden.js'
 import { evaluate, python, torch } from '../helpers/python.js'
 import type { Outcome, Report, Sums } from './outcome.js'
 
-const [folder = '.', backend = 'gloo', device = 'cpu'] = process.argv.slice(2)
+const [folder = '.', backend = 'gloo', asked = 'cpu'] = process.argv.slice(2)
 torch.method('set_num_threads', 1).dispose()
 // Memory that torch hands out holds NaN, so that a row nobody has written cannot go unnoticed.
 python.eval('torch.use_deterministic_algorithms(True, warn_only=True)', { torch }).dispose()
 const group = joinRanks({ backend: backend as 'gloo', timeoutMs: 60_000 })
 const { rank, size } = group
+const device = asked === 'own' ? group.device : asked
 
 interface Case {
   scheme: 'all-reduce' | 'all-to-all'

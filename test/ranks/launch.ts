@@ -29,7 +29,7 @@ export async function onTheirOwn(
   const children = Array.from({ length: ranks }, (_, rank) =>
     start(node[0]!, [...node.slice(1), ...program], {
       RANK: String(rank),
-      LOCAL_RANK: '0',
+      LOCAL_RANK: String(rank), // of GPUs
       WORLD_SIZE: String(ranks),
       MASTER_ADDR: '127.0.0.1',
       MASTER_PORT: String(port),

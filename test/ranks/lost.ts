@@ -1,24 +1,25 @@
 // One rank of a job in which one comes to harm: FATE of rank VICTIM in the middle of its calls.
-// tsx test/ranks/lost.ts FATE VICTIM SCHEME. What the others see is printed as a line of JSON.
+// tsx test/ranks/lost.ts FATE VICTIM SCHEME BACKEND. What the others see is printed as a line of JSON.
 import { EpmoeError, expertParallel, joinRanks, kw, startPython } from 'epmoe'
 
-const [fate = '', victim = '', scheme = 'all-to-all'] = process.argv.slice(2)
+const [fate = '', victim = '', scheme = 'all-to-all', backend = 'gloo'] = process.argv.slice(2)
 const python = startPython()
 const torch = python.import('torch')
 torch.method('set_num_threads', 1).dispose()
-const group = joinRanks({ backend: 'gloo', timeoutMs: 8000 })
+const group = joinRanks({ backend: backend as 'gloo', timeoutMs: 8000 })
+const { device } = group
 const dtype = torch.get('bfloat16')
 const { start, end } = group.expertRange(5)
 const layer = expertParallel({
-  w13: torch.method('randn', end - start, 32, 16, kw({ dtype })),
-  w2: torch.method('randn', end - start, 16, 16, kw({ dtype })),
+  w13: torch.method('randn', end - start, 32, 16, kw({ dtype, device })),
+  w2: torch.method('randn', end - start, 16, 16, kw({ dtype, device })),
   group,
   scheme: scheme as 'all-to-all',
 })
 const call = {
-  hiddenStates: torch.method('randn', 8, 16, kw({ dtype })),
-  topkIds: torch.method('randint', 0, 5, [8, 2]),
-  topkWeights: torch.method('rand', 8, 2),
+  hiddenStates: torch.method('randn', 8, 16, kw({ dtype, device })),
+  topkIds: torch.method('randint', 0, 5, [8, 2], kw({ device })),
+  topkWeights: torch.method('rand', 8, 2, kw({ device })),
 }
 for (let i = 0; i < 3; i++) layer.forward(call).dispose()
 console.log(JSON.stringify({ rank: group.rank, pid: process.pid }))
@@ -42,8 +43,8 @@ else forward(layer)
 
 function again(options: Pick<Parameters<typeof expertParallel>[0], 'activation'>) {
   const weights = {
-    w13: torch.method('randn', 2, 32, 16, kw({ dtype })),
-    w2: torch.method('randn', 2, 16, 16, kw({ dtype })),
+    w13: torch.method('randn', 2, 32, 16, kw({ dtype, device })),
+    w2: torch.method('randn', 2, 16, 16, kw({ dtype, device })),
   }
   return expertParallel({ ...weights, ...options, group, scheme: scheme as 'all-to-all' })
 }
