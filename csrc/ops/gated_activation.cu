@@ -27,11 +27,11 @@ struct Arguments {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// 2^x as Triton's exp has it, which takes x * log2(e).
-__device__ __forceinline__ float exp_approximately(float x) {
+// 1 + exp(x) as Triton has it: by 2^(x * log2(e)). What leaves float32's normal range is flushed: 1 is added to it.
+__device__ __forceinline__ float one_plus_exp(float x) {
   float power;
-  asm("ex2.approx.f32 %0, %1;" : "=f"(power) : "f"(__fmul_rn(x, kLog2E)));
-  return power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(__fmul_rn(x, kLog2E)));
+  return __fadd_rn(1.0f, power);
 }
 
 // The default: g * logistic(g), or g * logistic(2u), as accurate as T can show: gelu's 1 + tanh(u) is twice the
@@ -40,7 +40,7 @@ template <Function kFunction, typename T>
 __device__ __forceinline__ float activate(float g) {
   if constexpr (sizeof(T) < 4) {
     const float argument = kFunction == kSilu ? g : kTwoAlpha * fmaf(0.044715f * g * g, g, g);
-    return gpu::divide_approximately(g, 1.0f + exp_approximately(-argument));
+    return gpu::divide_by_large(g, one_plus_exp(-argument));
   } else {
     const float finite = fminf(fabsf(g), 110.0f);
     float power;
@@ -63,14 +63,13 @@ template <Function kFunction, bool kQuantises>
 __device__ __forceinline__ float activate_as_triton(float g) {
   if constexpr (kFunction == kGelu) {
     const float argument = __fmul_rn(__fmaf_rn(__fmul_rn(__fmul_rn(g, 0.044715f), g), g, g), 0.7978845608028654f);
-    const float logistic =
-        gpu::divide_approximately(1.0f, __fadd_rn(1.0f, exp_approximately(-__fmul_rn(argument, 2.0f))));
+    const float logistic = gpu::divide_by_large(1.0f, one_plus_exp(-__fmul_rn(argument, 2.0f)));
     const float tanh = __fmaf_rn(logistic, 2.0f, -1.0f);
     return __fmul_rn(__fmul_rn(g, 0.5f), __fadd_rn(tanh, 1.0f));
   } else if constexpr (kQuantises) {
-    return gpu::divide_approximately(g, __fadd_rn(1.0f, exp_approximately(-g)));
+    return gpu::divide_by_large(g, one_plus_exp(-g));
   } else {
-    return __fmul_rn(g, gpu::divide_approximately(1.0f, __fadd_rn(1.0f, exp_approximately(-g))));
+    return __fmul_rn(g, gpu::divide_by_large(1.0f, one_plus_exp(-g)));
   }
 }
 
@@ -82,14 +81,26 @@ __device__ __forceinline__ float round_to(float x) {
 // act(gate) * up. The original rounds the activation to T and the product again, which a multiplication in T does.
 template <Function kFunction, bool kQuantises, bool kTriton, typename T>
 __device__ __forceinline__ void multiply(float (&y)[kOctet], const T (&gate)[kOctet], const T (&up)[kOctet]) {
+  float g[kOctet];
+  gpu::widen_octet(g, gate);
+  if constexpr (!kTriton) {
+    float u[kOctet];
+    gpu::widen_octet(u, up);
 #pragma unroll
-  for (int i = 0; i < kOctet; ++i) {
-    const float g = Element<T>::widen(gate[i]);
-    if constexpr (!kTriton) {
-      y[i] = __fmul_rn(activate<kFunction, T>(g), Element<T>::widen(up[i]));
-    } else {
-      const T activated = Element<T>::narrow(activate_as_triton<kFunction, kQuantises>(g));
-      y[i] = Element<T>::widen(Element<T>::mul(activated, up[i]));
+    for (int i = 0; i < kOctet; ++i) y[i] = __fmul_rn(activate<kFunction, T>(g[i]), u[i]);
+  } else if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) y[i] = __fmul_rn(activate_as_triton<kFunction, kQuantises>(g[i]), up[i]);
+  } else {
+    typename Element<T>::Pair factors[kOctet / 2];
+    memcpy(factors, up, sizeof factors);
+#pragma unroll
+    for (int i = 0; i < kOctet; i += 2) {
+      const float2 activated = make_float2(activate_as_triton<kFunction, kQuantises>(g[i]),
+                                           activate_as_triton<kFunction, kQuantises>(g[i + 1]));
+      const float2 both = Element<T>::widen(Element<T>::mul(Element<T>::narrow(activated), factors[i / 2]));
+      y[i] = both.x;
+      y[i + 1] = both.y;
     }
   }
 }

@@ -2,6 +2,7 @@
 // lanes resolve the slots of several tokens together (one slot each) and hand rows and weights around by shuffles, so
 // that all row loads of a token are in flight before the first fma.
 #include <algorithm>
+#include <cstdlib>
 
 #include "ops/common.cuh"
 #include "ops/gather_sum.h"
@@ -24,6 +25,8 @@ struct Arguments {
   cuda::StatusWord *status;
   int64_t first_token;  // of this launch; pointers are at it, and slots are counted from it
   uint32_t tokens, hidden, topk;
+  uint32_t last_round;  // how many tokens are in the last of the rounds
+  int32_t rounds;
   int64_t start_expert_id, end_expert_id, dst_start;
   uint32_t row_count;
   float factor;
@@ -36,19 +39,43 @@ struct Slot {
   float weight;
 };
 
+// A slot as it lies in memory: its loads may be under way while the rows of those before it are added.
 template <typename T>
-__device__ __forceinline__ Slot resolve_slot(const Arguments &a, uint32_t token, uint32_t k) {
-  const uint32_t flat = token * a.topk + k;
-  const gpu::RawIndex raw_row = gpu::load_raw(a.src2dst, a.src2dst_int64, flat);
-  const gpu::RawIndex raw_id = gpu::load_raw(a.topk_ids, a.topk_ids_int64, flat);
-  float wide = 1.0f;
-  T narrow{};
-  if (a.weights != nullptr && a.weights_float32) wide = __ldg(static_cast<const float *>(a.weights) + flat);
-  if (a.weights != nullptr && !a.weights_float32) narrow = static_cast<const T *>(a.weights)[flat];
+struct RawSlot {
+  gpu::RawIndex row, id;
+  uint32_t weight;  // the bits of a float or, in the lower half, of a T
+};
 
-  const int64_t destination =
-      a.src2dst != nullptr ? gpu::index_of(raw_row, a.src2dst_int64) : a.first_token * a.topk + flat;
-  const int64_t id = gpu::index_of(raw_id, a.topk_ids_int64);
+template <typename T>
+__device__ __forceinline__ RawSlot<T> load_slot(const Arguments &a, uint32_t token, uint32_t k) {
+  RawSlot<T> raw{{}, {}, 0x3f800000u};
+  if (token >= a.tokens || k >= a.topk) return raw;
+  const uint32_t flat = token * a.topk + k;
+  raw.row = gpu::load_raw(a.src2dst, a.src2dst_int64, flat);
+  raw.id = gpu::load_raw(a.topk_ids, a.topk_ids_int64, flat);
+  if (a.weights == nullptr) return raw;
+  if (sizeof(T) == 4 || a.weights_float32)
+    raw.weight = __ldg(static_cast<const uint32_t *>(a.weights) + flat);
+  else
+    raw.weight = __ldg(static_cast<const uint16_t *>(a.weights) + flat);
+  return raw;
+}
+
+template <typename T>
+__device__ __forceinline__ float weight_of(const Arguments &a, const RawSlot<T> &raw) {
+  if (sizeof(T) == 4 || a.weights == nullptr || a.weights_float32) return __uint_as_float(raw.weight);
+  T narrow;
+  memcpy(&narrow, &raw.weight, sizeof narrow);
+  return Element<T>::widen(narrow);
+}
+
+// kNoRow for a remote slot, and for one that there is not.
+template <typename T>
+__device__ __forceinline__ Slot slot_of(const Arguments &a, const RawSlot<T> &raw, uint32_t token, uint32_t k) {
+  if (token >= a.tokens || k >= a.topk) return {kNoRow, 0.0f};
+  const int64_t destination = a.src2dst != nullptr ? gpu::index_of(raw.row, a.src2dst_int64)
+                                                   : a.first_token * a.topk + (token * a.topk + k);
+  const int64_t id = gpu::index_of(raw.id, a.topk_ids_int64);
   const bool local = a.topk_ids != nullptr ? id >= a.start_expert_id && id <= a.end_expert_id : destination >= 0;
   if (!local) return {kNoRow, 0.0f};
   const uint64_t row = static_cast<uint64_t>(destination) - static_cast<uint64_t>(a.dst_start);
@@ -57,8 +84,7 @@ __device__ __forceinline__ Slot resolve_slot(const Arguments &a, uint32_t token,
                       a.dst_start + a.row_count);
     return {kNoRow, 0.0f};
   }
-  const bool widened = a.weights == nullptr || a.weights_float32;
-  return {static_cast<uint32_t>(row), widened ? wide : Element<T>::widen(narrow)};
+  return {static_cast<uint32_t>(row), weight_of(a, raw)};
 }
 
 // The running sum of one column group: float32, or the activation dtype with one rounding a slot as in the original.
@@ -71,10 +97,12 @@ struct Accumulator {
 #pragma unroll
     for (int i = 0; i < N; ++i) lane[i] = __fmaf_rn(x[i], weight, lane[i]);
   }
-  // The addends are absent where null.
-  __device__ Vector<T, N> result(float factor, const T *shared, const T *residual) {
+  __device__ void scale(float factor) {
 #pragma unroll
     for (int i = 0; i < N; ++i) lane[i] = __fmul_rn(lane[i], factor);
+  }
+  // The addends are absent where null.
+  __device__ Vector<T, N> result(const T *shared, const T *residual) {
     if (shared != nullptr) add(gpu::load<CachePolicy::kCached, T, N>(shared), 1.0f, 1.0f);
     if (residual != nullptr) add(gpu::load<CachePolicy::kCached, T, N>(residual), 1.0f, 1.0f);
     Vector<T, N> out;
@@ -91,7 +119,8 @@ struct Accumulator<T, N, kTriton> {
     if (factor != 1.0f) rounded = Element<T>::mul(rounded, Element<T>::narrow(factor));
     sum.add_rounded(row, rounded);
   }
-  __device__ Vector<T, N> result(float, const T *shared, const T *residual) {
+  __device__ void scale(float) {}  // folded into the weights
+  __device__ Vector<T, N> result(const T *shared, const T *residual) {
     const T one = Element<T>::narrow(1.0f);
     if (shared != nullptr) sum.add_rounded(gpu::load<CachePolicy::kCached, T, N>(shared), one);
     if (residual != nullptr) sum.add_rounded(gpu::load<CachePolicy::kCached, T, N>(residual), one);
@@ -101,151 +130,210 @@ struct Accumulator<T, N, kTriton> {
 
 constexpr int kMinBlocks = 8;  // an SM full of warps at 64 registers a thread, which the accumulators just fit
 
-template <int kSlots>
-constexpr unsigned kAllSlots = (1u << kSlots) - 1;
+constexpr unsigned kWarp = 0xffffffffu;
 
-// A block's tokens, kSlots slots at a time, are its steps. A warp resolves as many steps at once as its lanes have
-// slots for: lane l has slot l % kSlots of step `step` + l / kSlots.
-template <typename T, int kSlots>
-__device__ __forceinline__ Slot resolve_steps(const Arguments &a, uint32_t step) {
-  const uint32_t lane = threadIdx.x % 32;
-  const uint32_t mine = step + lane / kSlots;
-  const uint32_t steps_each = (a.topk + kSlots - 1) / kSlots;
-  const uint32_t turn = steps_each == 1 ? mine : mine / steps_each;
-  const uint32_t k = (mine - turn * steps_each) * kSlots + lane % kSlots;
-  const uint64_t token = blockIdx.y + static_cast<uint64_t>(turn) * gridDim.y;
-  if (k >= a.topk || token >= a.tokens) return {kNoRow, 0.0f};
-  return resolve_slot<T>(a, static_cast<uint32_t>(token), k);
-}
-
-// What a warp has under way: the sum of one token's column group, and which token that is.
-template <typename T, int N, Numerics kNumerics, CachePolicy kPolicy>
-struct Sum {
+// One thread's column group of the tokens that its block has, one after the other. kPlain: nothing but sums, without a
+// factor and with nothing to add.
+template <typename T, int N, Numerics kNumerics, CachePolicy kPolicy, bool kPlain>
+struct Columns {
+  using Row = Vector<T, N>;
+  using Sum = Accumulator<T, N, kNumerics>;
   const Arguments &a;
-  const uint32_t column;
-  const bool inside;
-  uint64_t token;
-  Accumulator<T, N, kNumerics> sum = {};
+  const T *rows;  // at the thread's column
+  uint64_t at;    // of the output, in elements
+  bool inside;
 
-  __device__ Vector<T, N> load(uint32_t row) const {
-    Vector<T, N> data;
-    if (inside) data = gpu::load<kPolicy, T, N>(static_cast<const T *>(a.rows) + column + uint64_t{row} * a.hidden);
-    return data;
+  __device__ explicit Columns(const Arguments &arguments) : a(arguments) {
+    const uint32_t column = (blockIdx.x * blockDim.x + threadIdx.x) * N;
+    inside = column < a.hidden;
+    // Threads beyond the row read its beginning: cheaper than asking before every load.
+    rows = static_cast<const T *>(a.rows) + (inside ? column : 0);
+    at = uint64_t{blockIdx.y} * a.hidden + column;
   }
-  __device__ void finish() {
+  // The row of a lane's slot, and its share of a sum. All lanes of the warp ask for the same.
+  __device__ Row load(Slot mine, int lane) const {
+    return gpu::load<kPolicy, T, N>(rows + uint64_t{__shfl_sync(kWarp, mine.row, lane)} * a.hidden);
+  }
+  __device__ void add(Sum &sum, const Row &row, Slot mine, int lane) const {
+    sum.add(row, __shfl_sync(kWarp, mine.weight, lane), kPlain ? 1.0f : a.factor);
+  }
+  // The sum of one token is complete: the next one's is to follow.
+  __device__ void finish(Sum sum) {
     if (inside) {
-      const uint64_t at = token * a.hidden + column;
-      const T *shared = a.shared_output == nullptr ? nullptr : static_cast<const T *>(a.shared_output) + at;
-      const T *residual = a.residual == nullptr ? nullptr : static_cast<const T *>(a.residual) + at;
-      gpu::store<kPolicy, T, N>(static_cast<T *>(a.output) + at, sum.result(a.factor, shared, residual));
+      const T *shared = nullptr;
+      const T *residual = nullptr;
+      if constexpr (!kPlain) {
+        sum.scale(a.factor);
+        if (a.shared_output != nullptr) shared = static_cast<const T *>(a.shared_output) + at;
+        if (a.residual != nullptr) residual = static_cast<const T *>(a.residual) + at;
+      }
+      gpu::store<kPolicy, T, N>(static_cast<T *>(a.output) + at, sum.result(shared, residual));
     }
-    sum = {};
-    token += gridDim.y;
+    at += uint64_t{gridDim.y} * a.hidden;
   }
 };
 
-// Adds the rows of a step whose slots are all local, the first of which lane `base` holds.
-template <int kSlots, typename Sum>
-__device__ __forceinline__ void add_all(Sum &sum, Slot mine, uint32_t base) {
-  decltype(sum.load(0)) data[kSlots];
+// Sums kTokens tokens with all their kSlots slots local, the first of which lane `base` has: nothing is branched on, and
+// all loads are in flight before the first fma.
+template <int kSlots, int kTokens, typename Columns>
+__device__ __forceinline__ void sum_all(Columns &columns, Slot mine, int base) {
+  typename Columns::Row rows[kTokens * kSlots];
 #pragma unroll
-  for (int k = 0; k < kSlots; ++k) data[k] = sum.load(__shfl_sync(0xffffffffu, mine.row, base + k));
+  for (int i = 0; i < kTokens * kSlots; ++i) rows[i] = columns.load(mine, base + i);
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    typename Columns::Sum sum;
+#pragma unroll
+    for (int i = t * kSlots; i < (t + 1) * kSlots; ++i) columns.add(sum, rows[i], mine, base + i);
+    columns.finish(sum);
+  }
+}
+
+// Adds the rows of one token: of the kSlots lanes from `base` on those in `locals`. A skipped slot is a branch, never a
+// product with 0: its row is memory that nobody has written.
+template <int kSlots, typename Columns>
+__device__ __forceinline__ void add_some(const Columns &columns, typename Columns::Sum &sum, Slot mine, unsigned locals,
+                                         int base) {
+  typename Columns::Row rows[kSlots] = {};  // or what a skipped one keeps takes registers all over the kernel
+  const unsigned its = locals >> base;
 #pragma unroll
   for (int k = 0; k < kSlots; ++k) {
-    sum.sum.add(data[k], __shfl_sync(0xffffffffu, mine.weight, base + k), sum.a.factor);
+    if ((its >> k & 1) != 0) rows[k] = columns.load(mine, base + k);
+  }
+#pragma unroll
+  for (int k = 0; k < kSlots; ++k) {
+    if ((its >> k & 1) != 0) columns.add(sum, rows[k], mine, base + k);
   }
 }
 
-// Adds the rows of the lanes in `locals`, of several steps: where most experts are remote a token has few rows, and
-// those of the tokens behind it have to be under way with them. A skipped slot is a branch, never a product with 0: its
-// row is memory that nobody has written. `step` is the step of lane 0.
-template <int kSlots, typename Sum>
-__device__ __forceinline__ void add_some(Sum &sum, Slot mine, unsigned locals, uint32_t step, uint32_t steps_each) {
-  constexpr int kTogether = kSlots == 8 ? 8 : 4;
-  while (locals != 0) {
-    decltype(sum.load(0)) data[kTogether];
-    unsigned left = locals;
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      if (left == 0) break;
-      data[i] = sum.load(__shfl_sync(0xffffffffu, mine.row, __ffs(static_cast<int>(left)) - 1));
-      left &= left - 1;
-    }
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      if (locals == 0) break;
-      const uint32_t lane = __ffs(static_cast<int>(locals)) - 1;
-      locals &= locals - 1;
-      const uint32_t its = step + lane / kSlots;
-      const uint64_t token = blockIdx.y + static_cast<uint64_t>(steps_each == 1 ? its : its / steps_each) * gridDim.y;
-      while (sum.token != token) sum.finish();
-      sum.sum.add(data[i], __shfl_sync(0xffffffffu, mine.weight, lane), sum.a.factor);
-    }
-  }
-}
+constexpr int kTokens = 4;  // whose slots a warp resolves at once
 
-// Grid: x covers the column groups of a row, y as many tokens as run at once; blocks stride over the others.
-template <typename T, int N, int kSlots, Numerics kNumerics, CachePolicy kPolicy>
-__global__ void __launch_bounds__(gpu::kMaxThreads, kMinBlocks) kernel(const Arguments a) {
-  gpu::wait_for_earlier_work();
-  constexpr uint32_t kSteps = 32 / kSlots;
-  const uint32_t steps_each = (a.topk + kSlots - 1) / kSlots;
-  const uint32_t column = (blockIdx.x * blockDim.x + threadIdx.x) * N;
-  Sum<T, N, kNumerics, kPolicy> sum{a, column, column < a.hidden, blockIdx.y};
-  const uint32_t steps = ((a.tokens - 1 - blockIdx.y) / gridDim.y + 1) * steps_each;
-  for (uint32_t step = 0; step < steps; step += kSteps) {
-    const Slot mine = resolve_steps<T, kSlots>(a, step);
-    const unsigned locals = __ballot_sync(0xffffffffu, mine.row != kNoRow);
-    const uint32_t here = min(kSteps, steps - step);
-    // Usually every slot is local: then nothing is branched on, and all loads are in flight before the first fma.
-    if (steps_each == 1 && locals == 0xffffffffu >> (32 - here * kSlots)) {
+__device__ __forceinline__ int lowest(unsigned lanes) { return __ffs(static_cast<int>(lanes)) - 1; }
+
+// Sums `here` tokens that have a row or two each, as most experts are remote: the first rows of all are under way
+// together. A token without one loads another's, which costs less than a branch that the compiler would wait behind.
+template <int kSlots, typename Columns>
+__device__ __forceinline__ void sum_sparse(Columns &columns, Slot mine, unsigned locals, int here) {
+  constexpr unsigned kItsLanes = (1u << kSlots) - 1;
+  typename Columns::Row first[kTokens];
+  int lane = lowest(locals);
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    const unsigned its = locals & kItsLanes << t * kSlots;
+    lane = its != 0 ? lowest(its) : lane;
+    first[t] = columns.load(mine, lane);
+  }
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    if (t >= here) break;
+    typename Columns::Sum sum;
+    unsigned left = locals & kItsLanes << t * kSlots;
+    if (left != 0) columns.add(sum, first[t], mine, lowest(left));
 #pragma unroll 1
-      for (uint32_t i = 0; i < here; ++i) {
-        add_all<kSlots>(sum, mine, i * kSlots);
-        sum.finish();
-      }
+    while ((left &= left - 1) != 0) columns.add(sum, columns.load(mine, lowest(left)), mine, lowest(left));
+    columns.finish(sum);
+  }
+}
+
+// How many tokens a block has: its own of every round, the last of which may be short.
+__device__ __forceinline__ int turns_of(const Arguments &a) { return a.rounds - (blockIdx.y >= a.last_round ? 1 : 0); }
+
+// Grid: x covers the column groups of a row, y as many tokens as run at once; blocks stride over the others. Lane l
+// resolves slot l % kSlots of the token l / kSlots turns ahead, and has the next one's on their way meanwhile.
+template <typename T, int N, int kSlots, Numerics kNumerics, CachePolicy kPolicy, bool kPlain>
+__global__ void __launch_bounds__(gpu::kMaxThreads, kMinBlocks) kernel(const Arguments a) {
+  constexpr int kAtOnce = kSlots == 8 ? 1 : kSlots == 4 ? 2 : 4;
+  const uint32_t lane = threadIdx.x % 32;
+  const int turns = turns_of(a);
+  Columns<T, N, kNumerics, kPolicy, kPlain> columns(a);
+  // Lanes beyond the slots of so many tokens have one that there is not.
+  const uint32_t k = lane < kTokens * kSlots ? lane % kSlots : a.topk;
+  uint32_t token = blockIdx.y + lane / kSlots * gridDim.y;
+  gpu::wait_for_earlier_work();
+  RawSlot<T> raw = load_slot<T>(a, token, k);
+  for (int turn = 0; turn < turns; turn += kTokens) {
+    const Slot mine = slot_of(a, raw, token, k);
+    token += kTokens * gridDim.y;
+    raw = load_slot<T>(a, token, k);
+    const unsigned locals = __ballot_sync(kWarp, mine.row != kNoRow);
+    const int here = min(kTokens, turns - turn);
+    const int count = __popc(locals);
+    if (count == here * kSlots && here % kAtOnce == 0) {  // as usual
+#pragma unroll 1
+      for (int i = 0; i < here; i += kAtOnce) sum_all<kSlots, kAtOnce>(columns, mine, i * kSlots);
+    } else if (count != 0 && count <= 2 * here) {
+      sum_sparse<kSlots>(columns, mine, locals, here);
     } else {
-      add_some<kSlots>(sum, mine, locals, step, steps_each);
+#pragma unroll 1
+      for (int i = 0; i < here; ++i) {
+        typename decltype(columns)::Sum sum;
+        add_some<kSlots>(columns, sum, mine, locals, i * kSlots);
+        columns.finish(sum);
+      }
     }
-    // Tokens that end here without a local slot behind them.
-    const uint64_t next = blockIdx.y + static_cast<uint64_t>((step + here) / steps_each) * gridDim.y;
-    while (sum.token < next) sum.finish();
+  }
+}
+
+// Of more than eight slots: 32 of one token at a time.
+template <typename T, int N, Numerics kNumerics, CachePolicy kPolicy, bool kPlain>
+__global__ void __launch_bounds__(gpu::kMaxThreads, kMinBlocks) many_kernel(const Arguments a) {
+  constexpr int kTogether = 8;
+  const uint32_t lane = threadIdx.x % 32;
+  const int turns = turns_of(a);
+  Columns<T, N, kNumerics, kPolicy, kPlain> columns(a);
+  gpu::wait_for_earlier_work();
+  for (int turn = 0; turn < turns; ++turn) {
+    typename decltype(columns)::Sum sum;
+    for (uint32_t first = 0; first < a.topk; first += 32) {
+      const uint32_t token = blockIdx.y + turn * gridDim.y;
+      const Slot mine = slot_of(a, load_slot<T>(a, token, first + lane), token, first + lane);
+      const unsigned locals = __ballot_sync(kWarp, mine.row != kNoRow);
+#pragma unroll 1
+      for (int base = 0; base < 32 && locals >> base != 0; base += kTogether) {
+        add_some<kTogether>(columns, sum, mine, locals, base);
+      }
+    }
+    columns.finish(sum);
   }
 }
 
 using gpu::Kernel;
 using gpu::kernel_of;
 
-template <typename T, int N, Numerics kNumerics, CachePolicy kPolicy>
+template <typename T, int N, Numerics kNumerics, CachePolicy kPolicy, bool kPlain>
 Kernel &for_slots(int64_t topk) {
-  if (topk == 1) return kernel_of<&kernel<T, N, 1, kNumerics, kPolicy>>();
-  if (topk == 2) return kernel_of<&kernel<T, N, 2, kNumerics, kPolicy>>();
-  if (topk <= 4) return kernel_of<&kernel<T, N, 4, kNumerics, kPolicy>>();
-  return kernel_of<&kernel<T, N, 8, kNumerics, kPolicy>>();
+  if (topk == 1) return kernel_of<&kernel<T, N, 1, kNumerics, kPolicy, kPlain>>();
+  if (topk == 2) return kernel_of<&kernel<T, N, 2, kNumerics, kPolicy, kPlain>>();
+  if (topk <= 4) return kernel_of<&kernel<T, N, 4, kNumerics, kPolicy, kPlain>>();
+  if (topk <= 8) return kernel_of<&kernel<T, N, 8, kNumerics, kPolicy, kPlain>>();
+  return kernel_of<&many_kernel<T, N, kNumerics, kPolicy, kPlain>>();
+}
+
+// What is rare, columns one by one and sums with something added, has fewer kernels.
+template <typename T, Numerics kNumerics>
+Kernel &choose(int64_t topk, bool vectors, bool streaming, bool plain) {
+  constexpr int kLanes = 16 / sizeof(T);
+  if (!vectors) return for_slots<T, 1, kNumerics, CachePolicy::kCached, false>(topk);
+  if (!plain) return for_slots<T, kLanes, kNumerics, CachePolicy::kCached, false>(topk);
+  return streaming ? for_slots<T, kLanes, kNumerics, CachePolicy::kStreaming, true>(topk)
+                   : for_slots<T, kLanes, kNumerics, CachePolicy::kCached, true>(topk);
 }
 
 template <typename T>
-Kernel &choose(int64_t topk, Numerics numerics, bool vectors, bool streaming) {
-  constexpr int kLanes = 16 / sizeof(T);
-  // In float32 the original's arithmetic is the default's, unless a factor is folded into the weights.
-  if (numerics == kTriton) {
-    if (!vectors) return for_slots<T, 1, kTriton, CachePolicy::kCached>(topk);
-    return streaming ? for_slots<T, kLanes, kTriton, CachePolicy::kStreaming>(topk)
-                     : for_slots<T, kLanes, kTriton, CachePolicy::kCached>(topk);
-  }
-  if (!vectors) return for_slots<T, 1, kFp32, CachePolicy::kCached>(topk);
-  return streaming ? for_slots<T, kLanes, kFp32, CachePolicy::kStreaming>(topk)
-                   : for_slots<T, kLanes, kFp32, CachePolicy::kCached>(topk);
+Kernel &choose(const Problem &p, bool vectors, bool streaming) {
+  const bool plain = p.factor == 1.0f && p.shared_output == nullptr && p.residual == nullptr;
+  return p.numerics == kTriton ? choose<T, kTriton>(p.topk, vectors, streaming, plain)
+                               : choose<T, kFp32>(p.topk, vectors, streaming, plain);
 }
 
-Kernel &choose(int32_t dtype, int64_t topk, Numerics numerics, bool vectors, bool streaming) {
-  switch (dtype) {
+Kernel &choose(const Problem &p, bool vectors, bool streaming) {
+  switch (p.dtype) {
     case EPMOE_FLOAT32:
-      return choose<float>(topk, numerics, vectors, streaming);
+      return choose<float>(p, vectors, streaming);
     case EPMOE_FLOAT16:
-      return choose<__half>(topk, numerics, vectors, streaming);
+      return choose<__half>(p, vectors, streaming);
     default:
-      return choose<__nv_bfloat16>(topk, numerics, vectors, streaming);
+      return choose<__nv_bfloat16>(p, vectors, streaming);
   }
 }
 
@@ -299,13 +387,17 @@ void run_cuda(const Problem &p) {
   const int64_t wave = std::max<int64_t>(1, wave_threads / threads / chunks);
   // What exceeds L2 by little displaces nothing when it streams; of what exceeds it by far, nothing would be left.
   const int64_t bytes = p.tokens * (p.topk + 1) * p.hidden * item;
-  const bool streaming = bytes > facts.l2_bytes && bytes <= 4 * facts.l2_bytes;
-  gpu::Kernel &kernel = choose(p.dtype, p.topk, p.numerics, vectors, streaming);
+  static const int kX = getenv("X_STREAM") ? atoi(getenv("X_STREAM")) : 4;
+  const bool streaming = bytes > facts.l2_bytes && bytes <= kX * facts.l2_bytes;
+  gpu::Kernel &kernel = choose(p, vectors, streaming);
   const int64_t most = std::max<int64_t>(1, INT32_MAX / p.topk);
   for (int64_t first = 0; first < p.tokens; first += most) {
     const int64_t tokens = std::min(most, p.tokens - first);
     const dim3 grid(static_cast<unsigned>(chunks), static_cast<unsigned>(std::min({tokens, wave, int64_t{65535}})));
-    kernel.launch(*p.call, grid, dim3(static_cast<unsigned>(threads)), 0, arguments_of(p, first, tokens));
+    Arguments a = arguments_of(p, first, tokens);
+    a.rounds = static_cast<int32_t>((tokens + grid.y - 1) / grid.y);
+    a.last_round = static_cast<uint32_t>(tokens - int64_t{a.rounds - 1} * grid.y);
+    kernel.launch(*p.call, grid, dim3(static_cast<unsigned>(threads)), 0, a);
   }
 }
 

@@ -15,6 +15,14 @@ __device__ __forceinline__ float divide_approximately(float a, float b) {
   return quotient;
 }
 
+// divide_approximately(a, b) for a b of at least 1, or a NaN, bit for bit: div.full.f32 without its care for small ones.
+__device__ __forceinline__ float divide_by_large(float a, float b) {
+  const float down = b > 0x1p126f ? 0.25f : 1.0f;
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(__fmul_rn(b, down)));
+  return __fmul_rn(__fmul_rn(a, down), reciprocal);
+}
+
 // Divides many values by one: as the original does, or correctly rounded by a reciprocal and one correction, which is
 // exact while nothing leaves the middle of float32's range (Markstein), and by division elsewhere.
 template <bool kTriton>
@@ -63,9 +71,11 @@ __device__ __forceinline__ float float8_scale(float absmax, bool power_of_two) {
 template <bool kTriton, int N>
 __device__ __forceinline__ void quantise(float (&out)[N], const float (&in)[N], float scale) {
   if constexpr (kTriton) {
+    float reciprocal;  // all that div.full.f32 does with such a scale
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(scale));
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      out[i] = fminf(fmaxf(divide_approximately(in[i], scale), -quantize::kLargest), quantize::kLargest);
+      out[i] = fminf(fmaxf(__fmul_rn(in[i], reciprocal), -quantize::kLargest), quantize::kLargest);
     }
   } else {
     const float reciprocal = __frcp_rn(scale);
@@ -99,8 +109,19 @@ __device__ __forceinline__ void load_octet(T (&out)[kOctet], const T *source, in
 
 template <typename T>
 __device__ __forceinline__ void widen_octet(float (&out)[kOctet], const T (&in)[kOctet]) {
+  if constexpr (sizeof(T) == 4) {
 #pragma unroll
-  for (int i = 0; i < kOctet; ++i) out[i] = Element<T>::widen(in[i]);
+    for (int i = 0; i < kOctet; ++i) out[i] = in[i];
+  } else {
+    typename Element<T>::Pair pairs[kOctet / 2];
+    memcpy(pairs, in, sizeof pairs);
+#pragma unroll
+    for (int i = 0; i < kOctet; i += 2) {
+      const float2 both = Element<T>::widen(pairs[i / 2]);
+      out[i] = both.x;
+      out[i + 1] = both.y;
+    }
+  }
 }
 
 // `streams`: what is stored leaves the caches first.
@@ -128,17 +149,18 @@ __device__ __forceinline__ void store_octet(T *destination, const float (&in)[kO
   }
 }
 
-template <bool kVectors>
-__device__ __forceinline__ void store_octet(__nv_fp8_e4m3 *destination, const float (&in)[kOctet], int count,
-                                            bool streams) {
-  if constexpr (kVectors) {
-    uint16_t pair[kOctet / 2];
+__device__ __forceinline__ uint2 float8_octet(const float (&in)[kOctet]) {
+  uint32_t pair[kOctet / 2];
 #pragma unroll
-    for (int i = 0; i < kOctet / 2; ++i) {
-      pair[i] = __nv_cvt_float2_to_fp8x2(make_float2(in[2 * i], in[2 * i + 1]), __NV_SATFINITE, __NV_E4M3);
-    }
-    const uint2 bits =
-        make_uint2(pair[0] | static_cast<uint32_t>(pair[1]) << 16, pair[2] | static_cast<uint32_t>(pair[3]) << 16);
+  for (int i = 0; i < kOctet / 2; ++i) {
+    pair[i] = __nv_cvt_float2_to_fp8x2(make_float2(in[2 * i], in[2 * i + 1]), __NV_SATFINITE, __NV_E4M3);
+  }
+  return make_uint2(pair[0] | pair[1] << 16, pair[2] | pair[3] << 16);
+}
+
+template <bool kVectors>
+__device__ __forceinline__ void store_octet(__nv_fp8_e4m3 *destination, uint2 bits, int count, bool streams) {
+  if constexpr (kVectors) {
     if (streams)
       __stcs(reinterpret_cast<uint2 *>(destination), bits);
     else
@@ -146,9 +168,15 @@ __device__ __forceinline__ void store_octet(__nv_fp8_e4m3 *destination, const fl
   } else {
 #pragma unroll
     for (int i = 0; i < kOctet; ++i) {
-      if (i < count) destination[i].__x = __nv_cvt_float_to_fp8(in[i], __NV_SATFINITE, __NV_E4M3);
+      if (i < count) destination[i].__x = static_cast<uint8_t>((i < 4 ? bits.x : bits.y) >> 8 * (i % 4));
     }
   }
+}
+
+template <bool kVectors>
+__device__ __forceinline__ void store_octet(__nv_fp8_e4m3 *destination, const float (&in)[kOctet], int count,
+                                            bool streams) {
+  store_octet<kVectors>(destination, float8_octet(in), count, streams);
 }
 
 // The largest magnitude of eight elements, NaN aside.

@@ -37,12 +37,22 @@ struct Slot {
   float scale;
 };
 
-__device__ __forceinline__ Slot resolve_slot(const Arguments &a, int64_t token, uint32_t k) {
+// A slot as it lies in memory: its loads may be under way while a token before it is moved.
+struct RawSlot {
+  gpu::RawIndex row, id;
+};
+
+__device__ __forceinline__ RawSlot load_slot(const Arguments &a, int64_t token, uint32_t k) {
+  if (token >= a.tokens || k >= a.topk) return {};
   const int64_t flat = token * a.topk + k;
-  const gpu::RawIndex raw_row = gpu::load_raw(a.src2dst, a.src2dst_int64, flat);
-  const gpu::RawIndex raw_id = gpu::load_raw(a.topk_ids, a.topk_ids_int64, flat);
-  const int64_t destination = gpu::index_of(raw_row, a.src2dst_int64);
-  const int64_t id = gpu::index_of(raw_id, a.topk_ids_int64);
+  return {gpu::load_raw(a.src2dst, a.src2dst_int64, flat), gpu::load_raw(a.topk_ids, a.topk_ids_int64, flat)};
+}
+
+// kNoRow for a remote slot, and for one that there is not.
+__device__ __forceinline__ Slot slot_of(const Arguments &a, RawSlot raw, int64_t token, uint32_t k) {
+  if (token >= a.tokens || k >= a.topk) return {kNoRow, 1.0f};
+  const int64_t destination = gpu::index_of(raw.row, a.src2dst_int64);
+  const int64_t id = gpu::index_of(raw.id, a.topk_ids_int64);
   Slot slot{kNoRow, 1.0f};
   const bool local = a.topk_ids != nullptr ? id >= a.start_expert_id && id <= a.end_expert_id : destination >= 0;
   if (!local) return slot;
@@ -65,15 +75,22 @@ __device__ __forceinline__ Slot resolve_slot(const Arguments &a, int64_t token, 
 }
 
 // Calls body(slot) for every 32 slots of a token, of which each lane has one, all lanes of the warp together, as long
-// as there are local ones among them.
+// as there are local ones among them. `raw` are the first 32.
+template <typename Body>
+__device__ __forceinline__ void for_lanes(const Arguments &a, int64_t token, RawSlot raw, const Body &body) {
+  const unsigned lane = threadIdx.x % 32;
+  for (uint32_t first = 0;;) {
+    const Slot mine = slot_of(a, raw, token, first + lane);
+    if (__any_sync(kWarp, mine.row != kNoRow)) body(mine);
+    first += 32;
+    if (first >= a.topk) break;
+    raw = load_slot(a, token, first + lane);
+  }
+}
+
 template <typename Body>
 __device__ __forceinline__ void for_lanes(const Arguments &a, int64_t token, const Body &body) {
-  const unsigned lane = threadIdx.x % 32;
-  for (uint32_t first = 0; first < a.topk; first += 32) {
-    Slot mine{kNoRow, 1.0f};
-    if (first + lane < a.topk) mine = resolve_slot(a, token, first + lane);
-    if (__any_sync(kWarp, mine.row != kNoRow)) body(mine);
-  }
+  for_lanes(a, token, load_slot(a, token, threadIdx.x % 32), body);
 }
 
 // Calls body(row, scale) for every local slot of those that the lanes hold: eight at once where all are local.
@@ -217,14 +234,25 @@ __global__ void __launch_bounds__(gpu::kMaxThreads) convert_kernel(const Argumen
   }
 }
 
-constexpr int kRowThreads = 512;
-constexpr int kRowOctets = 2;  // of a thread, in registers
+constexpr int kRowThreads = 256;
+constexpr int kRowOctets = 4;  // of a thread, in registers as they were loaded
 
-// Rows quantised by token, one block each. Up to 8192 columns the row stays in registers between the search for its
-// largest magnitude and the division; of longer ones the rest is read again.
-template <typename In, bool kVectors, bool kTriton>
-__global__ void __launch_bounds__(kRowThreads, 2) quantise_row_kernel(const Arguments a) {
+// The largest magnitude of the row that the block has, of which each thread gives its own.
+__device__ __forceinline__ float block_max(float most) {
   __shared__ float warp_most[kRowThreads / 32];
+  most = gpu::group_max(most);
+  most = fmaxf(most, __shfl_xor_sync(kWarp, most, 16));
+  if (threadIdx.x % 32 == 0) warp_most[threadIdx.x / 32] = most;
+  __syncthreads();
+  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) most = fmaxf(most, warp_most[warp]);
+  return most;
+}
+
+// Rows quantised, one block each, with a scale for each token or, kGroup, each 128 columns. Up to 8192 columns the row
+// stays in registers between the search for the largest magnitude and the division; of longer ones the rest is read
+// again.
+template <typename In, bool kVectors, bool kGroup, bool kTriton>
+__global__ void __launch_bounds__(kRowThreads, sizeof(In) == 4 ? 4 : 5) quantise_row_kernel(const Arguments a) {
   gpu::wait_for_earlier_work();
   const int64_t token = blockIdx.x;
   bool local = false;
@@ -233,52 +261,65 @@ __global__ void __launch_bounds__(kRowThreads, 2) quantise_row_kernel(const Argu
   const auto *input = static_cast<const In *>(a.input) + token * a.hidden;
   const uint32_t stride = blockDim.x * kOctet;
   const uint32_t first = threadIdx.x * kOctet;
-  const auto load = [&](float (&x)[kOctet], uint32_t column) {
-    In raw[kOctet] = {};
+  const auto load = [&](In (&raw)[kOctet], uint32_t column) {
     if (column < a.hidden) gpu::load_octet<kVectors>(raw, input + column, columns_at(a, column));
+  };
+  const auto absmax_of = [](const In (&raw)[kOctet]) {
+    float x[kOctet];
     gpu::widen_octet(x, raw);
+    return gpu::absmax_of(x);
   };
-  float x[kRowOctets][kOctet];
+  In raw[kRowOctets][kOctet] = {};
 #pragma unroll
-  for (int i = 0; i < kRowOctets; ++i) load(x[i], first + i * stride);
-  float most = 0.0f;
+  for (int i = 0; i < kRowOctets; ++i) load(raw[i], first + i * stride);
+  float of_token = 0.0f;
+  if constexpr (!kGroup) {
+    float most = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kRowOctets; ++i) most = fmaxf(most, gpu::absmax_of(x[i]));
+    for (int i = 0; i < kRowOctets; ++i) most = fmaxf(most, absmax_of(raw[i]));
 #pragma unroll 1
-  for (uint32_t column = first + kRowOctets * stride; column < a.hidden; column += stride) {
-    float later[kOctet];
-    load(later, column);
-    most = fmaxf(most, gpu::absmax_of(later));
+    for (uint32_t column = first + kRowOctets * stride; column < a.hidden; column += stride) {
+      In later[kOctet] = {};
+      load(later, column);
+      most = fmaxf(most, absmax_of(later));
+    }
+    of_token = gpu::float8_scale<kTriton>(block_max(most), a.power_of_two);
   }
-  most = gpu::group_max(most);
-  most = fmaxf(most, __shfl_xor_sync(kWarp, most, 16));
-  if (threadIdx.x % 32 == 0) warp_most[threadIdx.x / 32] = most;
-  __syncthreads();
-  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) most = fmaxf(most, warp_most[warp]);
-  const float scale = gpu::float8_scale<kTriton>(most, a.power_of_two);
 
-  // Called by whole warps, whose lanes resolve slots together.
-  const auto store = [&](const float (&values)[kOctet], uint32_t column) {
-    const int count = column < a.hidden ? columns_at(a, column) : 0;
-    float y[kOctet];
-    gpu::quantise<kTriton>(y, values, scale);
-    for_lanes(a, token, [&](Slot mine) {
-      for_slots(mine, [&](uint32_t row, float) {
-        auto *output = static_cast<Float8 *>(a.output) + static_cast<uint64_t>(row) * a.hidden + column;
-        if (count > 0) gpu::store_octet<kVectors>(output, y, count, a.streams);
-        if (column == 0) a.output_scales[row] = scale;
-      });
-    });
+  const auto quantised = [&](const In (&values)[kOctet], float &scale) {
+    scale = kGroup ? gpu::float8_scale<kTriton>(gpu::group_max(absmax_of(values)), a.power_of_two) : of_token;
+    float x[kOctet];
+    gpu::widen_octet(x, values);
+    gpu::quantise<kTriton>(x, x, scale);
+    return gpu::float8_octet(x);
   };
+  const auto store = [&](uint32_t row, uint32_t column, uint2 bits, float scale) {
+    if (column >= a.hidden) return;
+    auto *output = static_cast<Float8 *>(a.output) + static_cast<uint64_t>(row) * a.hidden + column;
+    gpu::store_octet<kVectors>(output, bits, columns_at(a, column), a.streams);
+    if (kGroup && threadIdx.x % 16 == 0) {
+      a.output_scales[static_cast<uint64_t>(row) * a.groups + column / quantize::kGroupSize] = scale;
+    }
+    if (!kGroup && column == 0) a.output_scales[row] = scale;
+  };
+  uint2 bits[kRowOctets];
+  float scale[kRowOctets];
 #pragma unroll
-  for (int i = 0; i < kRowOctets; ++i) {
-    if (i * stride < a.hidden) store(x[i], first + i * stride);
-  }
+  for (int i = 0; i < kRowOctets; ++i) bits[i] = quantised(raw[i], scale[i]);
+  for_lanes(a, token, [&](Slot mine) {
+    for_slots(mine, [&](uint32_t row, float) {
+#pragma unroll
+      for (int i = 0; i < kRowOctets; ++i) store(row, first + i * stride, bits[i], scale[i]);
+    });
+  });
 #pragma unroll 1
-  for (uint32_t begin = kRowOctets * stride; begin < a.hidden; begin += stride) {
-    float later[kOctet];
+  for (uint32_t begin = kRowOctets * stride; begin < a.hidden; begin += stride) {  // whole warps resolve slots
+    In later[kOctet] = {};
     load(later, begin + first);
-    store(later, begin + first);
+    float its;
+    const uint2 more = quantised(later, its);
+    for_lanes(a, token,
+              [&](Slot mine) { for_slots(mine, [&](uint32_t row, float) { store(row, begin + first, more, its); }); });
   }
 }
 
@@ -286,23 +327,31 @@ using gpu::Kernel;
 using gpu::kernel_of;
 
 template <typename In, typename Out, quantize::Quantization kQuantization, bool kTriton>
-Kernel &for_alignment(bool vectors) {
-  if constexpr (kQuantization == quantize::kToken) {
-    return vectors ? kernel_of<&quantise_row_kernel<In, true, kTriton>>()
-                   : kernel_of<&quantise_row_kernel<In, false, kTriton>>();
-  } else {
-    return vectors ? kernel_of<&convert_kernel<In, Out, true, kQuantization, kTriton>>()
-                   : kernel_of<&convert_kernel<In, Out, false, kQuantization, kTriton>>();
-  }
+Kernel &by_columns(bool vectors) {
+  return vectors ? kernel_of<&convert_kernel<In, Out, true, kQuantization, kTriton>>()
+                 : kernel_of<&convert_kernel<In, Out, false, kQuantization, kTriton>>();
+}
+
+template <typename In, bool kGroup, bool kTriton>
+Kernel &by_rows(bool vectors) {
+  return vectors ? kernel_of<&quantise_row_kernel<In, true, kGroup, kTriton>>()
+                 : kernel_of<&quantise_row_kernel<In, false, kGroup, kTriton>>();
+}
+
+// Groups of 128 columns are independent of each other: of few tokens, more blocks than tokens are to share them.
+bool goes_by_rows(const Problem &p) {
+  const int64_t few = 2 * cuda::facts(p.call->device.device_id).sm_count;
+  return p.quantization == quantize::kToken || (p.quantization == quantize::kGroup && p.tokens > few);
 }
 
 template <typename In, typename Out, bool kTriton>
 Kernel &for_quantization(const Problem &p, bool vectors) {
   if constexpr (std::is_same_v<Out, Float8>) {
-    if (p.quantization == quantize::kGroup) return for_alignment<In, Out, quantize::kGroup, kTriton>(vectors);
-    if (p.quantization == quantize::kToken) return for_alignment<In, Out, quantize::kToken, kTriton>(vectors);
+    if (p.quantization == quantize::kToken) return by_rows<In, false, kTriton>(vectors);
+    if (goes_by_rows(p)) return by_rows<In, true, kTriton>(vectors);
+    if (p.quantization == quantize::kGroup) return by_columns<In, Out, quantize::kGroup, kTriton>(vectors);
   }
-  return for_alignment<In, Out, quantize::kStatic, kTriton>(vectors);
+  return by_columns<In, Out, quantize::kStatic, kTriton>(vectors);
 }
 
 template <typename In, bool kTriton>
@@ -372,7 +421,7 @@ void launch_copy(const Problem &p, const Arguments &a) {
 void launch_conversion(const Problem &p, const Arguments &a) {
   const int64_t octets = (p.hidden + kOctet - 1) / kOctet;
   Kernel &kernel = choose(p, p.hidden % kOctet == 0 && divides(16, p, 0));
-  if (p.quantization == quantize::kToken) {
+  if (goes_by_rows(p)) {
     const int64_t needed = (octets + kRowOctets - 1) / kRowOctets;
     const auto threads = static_cast<unsigned>(std::min<int64_t>(kRowThreads, (needed + 31) / 32 * 32));
     return kernel.launch(*p.call, dim3(static_cast<unsigned>(p.tokens)), dim3(threads), 0, a);
