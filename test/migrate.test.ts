@@ -49,7 +49,7 @@ test('a stack is migrated by the commands: scan, record, replay, shadow, enable,
   await mode('*=shadow')
   writeFileSync(
     config,
-    JSON.stringify({ ...JSON.parse(readFileSync(config, 'utf8')), settings: { '*': { rate: 0.2 } } }),
+    JSON.stringify({ ...JSON.parse(readFileSync(config, 'utf8')), settings: { '*': { rate: 0.2, max_overhead: 0 } } }),
   )
   const shadowed = await serve({ folder, steps: 300, stats: file('shadow.json') }, environment)
   t.like(shadowed, { served: 300, wrong: 0, mode: 'shadow', identical: true, events: [] })
@@ -106,7 +106,7 @@ test('faults: each is caught and named, and what Triton made serves', async (t) 
       config,
       JSON.stringify({
         modes: { '*': mode },
-        settings: { '*': { rate: 1, trip_after: 3 } },
+        settings: { '*': { rate: 1, trip_after: 3, max_overhead: 0 } },
         record: { folder: `${fault}-capsules`, min_free_bytes: 0, ...record },
       }),
     )

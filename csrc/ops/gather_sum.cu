@@ -2,7 +2,6 @@
 // lanes resolve the slots of several tokens together (one slot each) and hand rows and weights around by shuffles, so
 // that all row loads of a token are in flight before the first fma.
 #include <algorithm>
-#include <cstdlib>
 
 #include "ops/common.cuh"
 #include "ops/gather_sum.h"
@@ -39,43 +38,21 @@ struct Slot {
   float weight;
 };
 
-// A slot as it lies in memory: its loads may be under way while the rows of those before it are added.
-template <typename T>
-struct RawSlot {
-  gpu::RawIndex row, id;
-  uint32_t weight;  // the bits of a float or, in the lower half, of a T
-};
-
-template <typename T>
-__device__ __forceinline__ RawSlot<T> load_slot(const Arguments &a, uint32_t token, uint32_t k) {
-  RawSlot<T> raw{{}, {}, 0x3f800000u};
-  if (token >= a.tokens || k >= a.topk) return raw;
-  const uint32_t flat = token * a.topk + k;
-  raw.row = gpu::load_raw(a.src2dst, a.src2dst_int64, flat);
-  raw.id = gpu::load_raw(a.topk_ids, a.topk_ids_int64, flat);
-  if (a.weights == nullptr) return raw;
-  if (sizeof(T) == 4 || a.weights_float32)
-    raw.weight = __ldg(static_cast<const uint32_t *>(a.weights) + flat);
-  else
-    raw.weight = __ldg(static_cast<const uint16_t *>(a.weights) + flat);
-  return raw;
-}
-
-template <typename T>
-__device__ __forceinline__ float weight_of(const Arguments &a, const RawSlot<T> &raw) {
-  if (sizeof(T) == 4 || a.weights == nullptr || a.weights_float32) return __uint_as_float(raw.weight);
-  T narrow;
-  memcpy(&narrow, &raw.weight, sizeof narrow);
-  return Element<T>::widen(narrow);
-}
-
 // kNoRow for a remote slot, and for one that there is not.
 template <typename T>
-__device__ __forceinline__ Slot slot_of(const Arguments &a, const RawSlot<T> &raw, uint32_t token, uint32_t k) {
+__device__ __forceinline__ Slot resolve_slot(const Arguments &a, uint32_t token, uint32_t k) {
   if (token >= a.tokens || k >= a.topk) return {kNoRow, 0.0f};
-  const int64_t destination = a.src2dst != nullptr ? gpu::index_of(raw.row, a.src2dst_int64)
-                                                   : a.first_token * a.topk + (token * a.topk + k);
-  const int64_t id = gpu::index_of(raw.id, a.topk_ids_int64);
+  const uint32_t flat = token * a.topk + k;
+  const gpu::RawIndex raw_row = gpu::load_raw(a.src2dst, a.src2dst_int64, flat);
+  const gpu::RawIndex raw_id = gpu::load_raw(a.topk_ids, a.topk_ids_int64, flat);
+  float wide = 1.0f;
+  T narrow{};
+  if (a.weights != nullptr && a.weights_float32) wide = __ldg(static_cast<const float *>(a.weights) + flat);
+  if (a.weights != nullptr && !a.weights_float32) narrow = static_cast<const T *>(a.weights)[flat];
+
+  const int64_t destination =
+      a.src2dst != nullptr ? gpu::index_of(raw_row, a.src2dst_int64) : a.first_token * a.topk + flat;
+  const int64_t id = gpu::index_of(raw_id, a.topk_ids_int64);
   const bool local = a.topk_ids != nullptr ? id >= a.start_expert_id && id <= a.end_expert_id : destination >= 0;
   if (!local) return {kNoRow, 0.0f};
   const uint64_t row = static_cast<uint64_t>(destination) - static_cast<uint64_t>(a.dst_start);
@@ -84,7 +61,8 @@ __device__ __forceinline__ Slot slot_of(const Arguments &a, const RawSlot<T> &ra
                       a.dst_start + a.row_count);
     return {kNoRow, 0.0f};
   }
-  return {static_cast<uint32_t>(row), weight_of(a, raw)};
+  const bool widened = a.weights == nullptr || a.weights_float32;
+  return {static_cast<uint32_t>(row), widened ? wide : Element<T>::widen(narrow)};
 }
 
 // The running sum of one column group: float32, or the activation dtype with one rounding a slot as in the original.
@@ -173,8 +151,8 @@ struct Columns {
   }
 };
 
-// Sums kTokens tokens with all their kSlots slots local, the first of which lane `base` has: nothing is branched on, and
-// all loads are in flight before the first fma.
+// Sums kTokens tokens with all their kSlots slots local, the first of which lane `base` has: nothing is branched on,
+// and all loads are in flight before the first fma.
 template <int kSlots, int kTokens, typename Columns>
 __device__ __forceinline__ void sum_all(Columns &columns, Slot mine, int base) {
   typename Columns::Row rows[kTokens * kSlots];
@@ -239,22 +217,19 @@ __device__ __forceinline__ void sum_sparse(Columns &columns, Slot mine, unsigned
 __device__ __forceinline__ int turns_of(const Arguments &a) { return a.rounds - (blockIdx.y >= a.last_round ? 1 : 0); }
 
 // Grid: x covers the column groups of a row, y as many tokens as run at once; blocks stride over the others. Lane l
-// resolves slot l % kSlots of the token l / kSlots turns ahead, and has the next one's on their way meanwhile.
+// resolves slot l % kSlots of the token l / kSlots turns ahead.
 template <typename T, int N, int kSlots, Numerics kNumerics, CachePolicy kPolicy, bool kPlain>
 __global__ void __launch_bounds__(gpu::kMaxThreads, kMinBlocks) kernel(const Arguments a) {
   constexpr int kAtOnce = kSlots == 8 ? 1 : kSlots == 4 ? 2 : 4;
   const uint32_t lane = threadIdx.x % 32;
   const int turns = turns_of(a);
   Columns<T, N, kNumerics, kPolicy, kPlain> columns(a);
-  // Lanes beyond the slots of so many tokens have one that there is not.
-  const uint32_t k = lane < kTokens * kSlots ? lane % kSlots : a.topk;
-  uint32_t token = blockIdx.y + lane / kSlots * gridDim.y;
   gpu::wait_for_earlier_work();
-  RawSlot<T> raw = load_slot<T>(a, token, k);
   for (int turn = 0; turn < turns; turn += kTokens) {
-    const Slot mine = slot_of(a, raw, token, k);
-    token += kTokens * gridDim.y;
-    raw = load_slot<T>(a, token, k);
+    Slot mine{kNoRow, 0.0f};
+    if (lane < kTokens * kSlots) {
+      mine = resolve_slot<T>(a, blockIdx.y + (turn + lane / kSlots) * gridDim.y, lane % kSlots);
+    }
     const unsigned locals = __ballot_sync(kWarp, mine.row != kNoRow);
     const int here = min(kTokens, turns - turn);
     const int count = __popc(locals);
@@ -285,8 +260,7 @@ __global__ void __launch_bounds__(gpu::kMaxThreads, kMinBlocks) many_kernel(cons
   for (int turn = 0; turn < turns; ++turn) {
     typename decltype(columns)::Sum sum;
     for (uint32_t first = 0; first < a.topk; first += 32) {
-      const uint32_t token = blockIdx.y + turn * gridDim.y;
-      const Slot mine = slot_of(a, load_slot<T>(a, token, first + lane), token, first + lane);
+      const Slot mine = resolve_slot<T>(a, blockIdx.y + turn * gridDim.y, first + lane);
       const unsigned locals = __ballot_sync(kWarp, mine.row != kNoRow);
 #pragma unroll 1
       for (int base = 0; base < 32 && locals >> base != 0; base += kTogether) {
@@ -379,21 +353,22 @@ void run_cuda(const Problem &p) {
   const bool vectors = p.hidden * item % 16 == 0 && gpu::aligned16(p.rows) && gpu::aligned16(p.output) &&
                        gpu::aligned16(p.shared_output) && gpu::aligned16(p.residual);
   const int64_t groups = vectors ? p.hidden * item / 16 : p.hidden;
-  // One wave of blocks, each going through several tokens; where there is less than half of that to do, smaller blocks
-  // share the GPU more evenly.
+  // Few tokens: one wave of blocks, each going through several; where there is less than half of that to do, smaller
+  // blocks share the GPU more evenly. Many: as many as a block resolves at once, for tokens differ in their rows, and
+  // whoever is through early takes the next.
   const int64_t wave_threads = int64_t{facts.sm_count} * kMinBlocks * gpu::kMaxThreads;
   const int threads = p.tokens * groups <= wave_threads / 2 ? 64 : gpu::threads_for(groups);
   const int64_t chunks = (groups + threads - 1) / threads;
   const int64_t wave = std::max<int64_t>(1, wave_threads / threads / chunks);
   // What exceeds L2 by little displaces nothing when it streams; of what exceeds it by far, nothing would be left.
   const int64_t bytes = p.tokens * (p.topk + 1) * p.hidden * item;
-  static const int kX = getenv("X_STREAM") ? atoi(getenv("X_STREAM")) : 4;
-  const bool streaming = bytes > facts.l2_bytes && bytes <= kX * facts.l2_bytes;
+  const bool streaming = bytes > facts.l2_bytes && bytes <= 4 * facts.l2_bytes;
   gpu::Kernel &kernel = choose(p, vectors, streaming);
   const int64_t most = std::max<int64_t>(1, INT32_MAX / p.topk);
   for (int64_t first = 0; first < p.tokens; first += most) {
     const int64_t tokens = std::min(most, p.tokens - first);
-    const dim3 grid(static_cast<unsigned>(chunks), static_cast<unsigned>(std::min({tokens, wave, int64_t{65535}})));
+    const int64_t rows = std::max(wave, (tokens + kTokens - 1) / kTokens);
+    const dim3 grid(static_cast<unsigned>(chunks), static_cast<unsigned>(std::min({tokens, rows, int64_t{65535}})));
     Arguments a = arguments_of(p, first, tokens);
     a.rounds = static_cast<int32_t>((tokens + grid.y - 1) / grid.y);
     a.last_round = static_cast<uint32_t>(tokens - int64_t{a.rounds - 1} * grid.y);

@@ -15,7 +15,8 @@ __device__ __forceinline__ float divide_approximately(float a, float b) {
   return quotient;
 }
 
-// divide_approximately(a, b) for a b of at least 1, or a NaN, bit for bit: div.full.f32 without its care for small ones.
+// divide_approximately(a, b) for a b of at least 1, or a NaN, bit for bit: div.full.f32 without its care for small
+// ones.
 __device__ __forceinline__ float divide_by_large(float a, float b) {
   const float down = b > 0x1p126f ? 0.25f : 1.0f;
   float reciprocal;

@@ -37,22 +37,14 @@ struct Slot {
   float scale;
 };
 
-// A slot as it lies in memory: its loads may be under way while a token before it is moved.
-struct RawSlot {
-  gpu::RawIndex row, id;
-};
-
-__device__ __forceinline__ RawSlot load_slot(const Arguments &a, int64_t token, uint32_t k) {
-  if (token >= a.tokens || k >= a.topk) return {};
-  const int64_t flat = token * a.topk + k;
-  return {gpu::load_raw(a.src2dst, a.src2dst_int64, flat), gpu::load_raw(a.topk_ids, a.topk_ids_int64, flat)};
-}
-
 // kNoRow for a remote slot, and for one that there is not.
-__device__ __forceinline__ Slot slot_of(const Arguments &a, RawSlot raw, int64_t token, uint32_t k) {
-  if (token >= a.tokens || k >= a.topk) return {kNoRow, 1.0f};
-  const int64_t destination = gpu::index_of(raw.row, a.src2dst_int64);
-  const int64_t id = gpu::index_of(raw.id, a.topk_ids_int64);
+__device__ __forceinline__ Slot resolve_slot(const Arguments &a, int64_t token, uint32_t k) {
+  if (k >= a.topk) return {kNoRow, 1.0f};
+  const int64_t flat = token * a.topk + k;
+  const gpu::RawIndex raw_row = gpu::load_raw(a.src2dst, a.src2dst_int64, flat);
+  const gpu::RawIndex raw_id = gpu::load_raw(a.topk_ids, a.topk_ids_int64, flat);
+  const int64_t destination = gpu::index_of(raw_row, a.src2dst_int64);
+  const int64_t id = gpu::index_of(raw_id, a.topk_ids_int64);
   Slot slot{kNoRow, 1.0f};
   const bool local = a.topk_ids != nullptr ? id >= a.start_expert_id && id <= a.end_expert_id : destination >= 0;
   if (!local) return slot;
@@ -74,30 +66,28 @@ __device__ __forceinline__ Slot slot_of(const Arguments &a, RawSlot raw, int64_t
   return slot;
 }
 
-// Calls body(slot) for every 32 slots of a token, of which each lane has one, all lanes of the warp together, as long
-// as there are local ones among them. `raw` are the first 32.
-template <typename Body>
-__device__ __forceinline__ void for_lanes(const Arguments &a, int64_t token, RawSlot raw, const Body &body) {
-  const unsigned lane = threadIdx.x % 32;
-  for (uint32_t first = 0;;) {
-    const Slot mine = slot_of(a, raw, token, first + lane);
-    if (__any_sync(kWarp, mine.row != kNoRow)) body(mine);
-    first += 32;
-    if (first >= a.topk) break;
-    raw = load_slot(a, token, first + lane);
-  }
-}
+// Up to 32 slots of a token, of which each lane has one, and which of them are local.
+struct Slots {
+  Slot mine;
+  unsigned locals;
+};
 
+// Calls body(slots) for every 32 slots of a token that have local ones among them, all lanes of the warp together.
 template <typename Body>
 __device__ __forceinline__ void for_lanes(const Arguments &a, int64_t token, const Body &body) {
-  for_lanes(a, token, load_slot(a, token, threadIdx.x % 32), body);
+  for (uint32_t first = 0; first < a.topk; first += 32) {
+    const Slot mine = resolve_slot(a, token, first + threadIdx.x % 32);
+    const unsigned locals = __ballot_sync(kWarp, mine.row != kNoRow);
+    if (locals != 0) body(Slots{mine, locals});
+  }
 }
 
 // Calls body(row, scale) for every local slot of those that the lanes hold: eight at once where all are local.
 template <typename Body>
-__device__ __forceinline__ void for_slots(Slot mine, const Body &body) {
+__device__ __forceinline__ void for_slots(Slots slots, const Body &body) {
   constexpr int kTogether = 8;
-  unsigned locals = __ballot_sync(kWarp, mine.row != kNoRow);
+  const Slot mine = slots.mine;
+  unsigned locals = slots.locals;
 #pragma unroll 1
   for (int base = 0; locals != 0; base += kTogether, locals >>= kTogether) {
     unsigned some = locals & ((1u << kTogether) - 1);
@@ -117,10 +107,10 @@ __device__ __forceinline__ void for_slots(Slot mine, const Body &body) {
 }
 
 // The scales that come with quantised rows, by the threads of a row's blocks from `first` on in steps of `step`.
-__device__ __forceinline__ void copy_scales(const Arguments &a, int64_t token, Slot mine, uint32_t first,
+__device__ __forceinline__ void copy_scales(const Arguments &a, int64_t token, const Slots &slots, uint32_t first,
                                             uint32_t step) {
   if (a.input_scales == nullptr) return;
-  for_slots(mine, [&](uint32_t row, float) {
+  for_slots(slots, [&](uint32_t row, float) {
     for (uint32_t g = first; g < a.groups; g += step) {
       a.output_scales[static_cast<uint64_t>(row) * a.groups + g] = __ldg(a.input_scales + token * a.groups + g);
     }
@@ -139,11 +129,11 @@ __global__ void __launch_bounds__(gpu::kMaxThreads) copy_kernel(const Arguments 
   for (int64_t token = blockIdx.y; token < a.tokens; token += gridDim.y) {
     Unit data{};
     if (inside) data = __ldg(input + token * width + column);
-    for_lanes(a, token, [&](Slot mine) {
-      for_slots(mine, [&](uint32_t row, float) {
+    for_lanes(a, token, [&](const Slots &slots) {
+      for_slots(slots, [&](uint32_t row, float) {
         if (inside) output[static_cast<uint64_t>(row) * width + column] = data;
       });
-      copy_scales(a, token, mine, column, gridDim.x * blockDim.x);
+      copy_scales(a, token, slots, column, gridDim.x * blockDim.x);
     });
   }
 }
@@ -161,11 +151,12 @@ __global__ void __launch_bounds__(32) bulk_copy_kernel(const Arguments a, uint32
   auto *output = static_cast<uint8_t *>(a.output) + offset;
   for (int64_t token = blockIdx.y; token < a.tokens; token += gridDim.y) {
     bool loaded = false;
-    for_lanes(a, token, [&](Slot mine) {
+    for_lanes(a, token, [&](const Slots &slots) {
       if (!loaded) loader.load(buffer, input + token * row_bytes, bytes);
       loaded = true;
-      if (mine.row != kNoRow) storer.store(output + static_cast<uint64_t>(mine.row) * row_bytes, buffer, bytes);
-      if (blockIdx.x == 0) copy_scales(a, token, mine, threadIdx.x, 32);
+      const uint32_t row = slots.mine.row;
+      if (row != kNoRow) storer.store(output + static_cast<uint64_t>(row) * row_bytes, buffer, bytes);
+      if (blockIdx.x == 0) copy_scales(a, token, slots, threadIdx.x, 32);
     });
     gpu::bulk::Storer::wait();
     __syncwarp();
@@ -217,13 +208,13 @@ __global__ void __launch_bounds__(gpu::kMaxThreads) convert_kernel(const Argumen
       if (count > 0) gpu::load_octet<kVectors>(row_of_token, input + token * a.hidden, count);
     };
     if (!a.streams) load();
-    for_lanes(a, token, [&](Slot mine) {
+    for_lanes(a, token, [&](const Slots &slots) {
       if (a.streams) load();
       float x[kOctet];
       gpu::widen_octet(x, row_of_token);
       float y[kOctet];
       const float group_scale = convert<kQuantization, kTriton>(a, token, y, x);
-      for_slots(mine, [&](uint32_t row, float scale) {
+      for_slots(slots, [&](uint32_t row, float scale) {
         if (kQuantization == quantize::kStatic && a.scales_by_expert) scale_by<kTriton>(y, x, scale);
         if (count > 0) gpu::store_octet<kVectors>(output + static_cast<uint64_t>(row) * a.hidden, y, count, a.streams);
         if (kQuantization == quantize::kGroup && count > 0 && threadIdx.x % 16 == 0) {
@@ -256,15 +247,15 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(In) == 4 ? 4 : 5) quantise
   gpu::wait_for_earlier_work();
   const int64_t token = blockIdx.x;
   bool local = false;
-  for_lanes(a, token, [&](Slot) { local = true; });
+  for_lanes(a, token, [&](const Slots &) { local = true; });
   if (!local) return;
   const auto *input = static_cast<const In *>(a.input) + token * a.hidden;
   const uint32_t stride = blockDim.x * kOctet;
   const uint32_t first = threadIdx.x * kOctet;
-  const auto load = [&](In (&raw)[kOctet], uint32_t column) {
+  const auto load = [&](In(&raw)[kOctet], uint32_t column) {
     if (column < a.hidden) gpu::load_octet<kVectors>(raw, input + column, columns_at(a, column));
   };
-  const auto absmax_of = [](const In (&raw)[kOctet]) {
+  const auto absmax_of = [](const In(&raw)[kOctet]) {
     float x[kOctet];
     gpu::widen_octet(x, raw);
     return gpu::absmax_of(x);
@@ -286,7 +277,7 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(In) == 4 ? 4 : 5) quantise
     of_token = gpu::float8_scale<kTriton>(block_max(most), a.power_of_two);
   }
 
-  const auto quantised = [&](const In (&values)[kOctet], float &scale) {
+  const auto quantised = [&](const In(&values)[kOctet], float &scale) {
     scale = kGroup ? gpu::float8_scale<kTriton>(gpu::group_max(absmax_of(values)), a.power_of_two) : of_token;
     float x[kOctet];
     gpu::widen_octet(x, values);
@@ -306,8 +297,8 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(In) == 4 ? 4 : 5) quantise
   float scale[kRowOctets];
 #pragma unroll
   for (int i = 0; i < kRowOctets; ++i) bits[i] = quantised(raw[i], scale[i]);
-  for_lanes(a, token, [&](Slot mine) {
-    for_slots(mine, [&](uint32_t row, float) {
+  for_lanes(a, token, [&](const Slots &slots) {
+    for_slots(slots, [&](uint32_t row, float) {
 #pragma unroll
       for (int i = 0; i < kRowOctets; ++i) store(row, first + i * stride, bits[i], scale[i]);
     });
@@ -318,8 +309,9 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(In) == 4 ? 4 : 5) quantise
     load(later, begin + first);
     float its;
     const uint2 more = quantised(later, its);
-    for_lanes(a, token,
-              [&](Slot mine) { for_slots(mine, [&](uint32_t row, float) { store(row, begin + first, more, its); }); });
+    for_lanes(a, token, [&](const Slots &slots) {
+      for_slots(slots, [&](uint32_t row, float) { store(row, begin + first, more, its); });
+    });
   }
 }
 

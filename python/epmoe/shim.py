@@ -6,8 +6,9 @@ objects go by their names: ``epmoe.shim.post_reorder_triton_kernel[grid](...)``.
 
 - ``epmoe`` (the default): epmoe's kernel, with the original's arithmetic; a call that epmoe does not take goes to
   Triton, counted and warned of once, or raises where ``strict`` is set;
-- ``shadow``: Triton's kernel serves; of some launches epmoe's result is compared with its. After ``trip_after``
-  mismatches or errors the kernel goes back to ``triton`` by itself;
+- ``shadow``: Triton's kernel serves; of some launches epmoe's result is compared with its, of fewer where that would
+  take more than ``max_overhead`` of the time. After ``trip_after`` mismatches or errors the kernel goes back to
+  ``triton`` by itself;
 - ``triton``: Triton's kernel, counted;
 - ``off``: as if there were no shim; such kernels are not installed.
 
@@ -103,6 +104,9 @@ def configure(kernel="*", **settings):
     max_ulp: how far apart results may be in shadow; 0: not by a bit. One unit in the last place is taken at the largest
         magnitude of a row.
     trip_after: mismatches and errors after which shadow ends; 0: never.
+    max_overhead: the share of the time (0.01), on the host, that comparing all kernels may take together since shadow
+        began, or since the last ``configure`` or ``reset``. Beyond it a launch that ``rate`` picks is passed over and
+        counted as ``put_off``; ``first_per_shape`` and graph capture are not held to it. 0: no bound.
     """
     _control.configure(kernel, settings)
 

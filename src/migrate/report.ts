@@ -17,6 +17,8 @@ export interface ShadowCounts {
   mode: string
   tripped: string
   launches: number
+  /** Passed over for what comparing takes. */
+  put_off: number
   compared: number
   matched: number
   mismatches: number
@@ -144,11 +146,12 @@ function kernelReport(kernel: string, evidence: Evidence): KernelReport {
 
 function againstShadow(counts: ShadowCounts | undefined, least: number): string[] {
   if (counts === undefined) return ['it was not seen in shadow']
+  const putOff = counts.put_off > 0 ? `; max_overhead put ${counts.put_off} more off` : ''
   return [
     ...(counts.tripped === '' ? [] : [`it went back to Triton by itself: ${counts.tripped}`]),
     ...(counts.mismatches === 0 ? [] : [`${counts.mismatches} of ${counts.compared} comparisons in shadow differ`]),
     ...(counts.errors === 0 ? [] : [`epmoe failed ${counts.errors} times in shadow`]),
-    ...(counts.compared >= least ? [] : [`${counts.compared} comparisons in shadow, of ${least} asked for`]),
+    ...(counts.compared >= least ? [] : [`${counts.compared} comparisons in shadow, of ${least} asked for${putOff}`]),
     ...(counts.uncompared === 0 ? [] : [`${counts.uncompared} launches under graph capture are not compared`]),
   ]
 }

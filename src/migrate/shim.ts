@@ -35,6 +35,8 @@ export interface ShimStats {
   fallbacks: number
   reasons: Record<string, number>
   sampled: number
+  /** Picked by the rate, and passed over for what comparing takes (`maxOverhead`). */
+  putOff: number
   compared: number
   matched: number
   mismatches: number
@@ -77,6 +79,8 @@ export interface ShimSettings {
   firstPerShape?: number
   maxUlp?: number
   tripAfter?: number
+  /** Share of the time that comparing may take, all kernels together; 0: no bound. */
+  maxOverhead?: number
 }
 
 export interface ShimRecordOptions {

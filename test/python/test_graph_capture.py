@@ -49,7 +49,7 @@ class Graphs(unittest.TestCase):
     def restore(self):
         shim.uninstall()
         shim.record(None)
-        shim.configure(rate=1.0, first_per_shape=0, max_ulp=0, trip_after=0)
+        shim.configure(rate=1.0, first_per_shape=0, max_ulp=0, trip_after=0, max_overhead=0)
         shim.reset()
 
     def start(self, **settings):

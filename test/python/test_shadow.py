@@ -1,10 +1,12 @@
 """epmoe.shim in shadow: thousands of launches, faults put in; each is caught and named, and Triton's results serve."""
 
+import itertools
 import os
 import tempfile
 import threading
 import time
 import unittest
+import warnings
 from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -15,8 +17,10 @@ from test_shim import EXPERTS, HIDDEN, TOPK, Case, combine_call, inputs
 
 import epmoe
 from epmoe import generated, shim
-from epmoe._shim import shadow
+from epmoe._shim import control, shadow
 from epmoe.migrate import capsule
+
+NEXT_TO_NOTHING = 1e-12  # of the time: one comparison has it used up for years
 
 
 class Loop(Case):
@@ -304,6 +308,18 @@ class Faults(Loop):
 
     def test_two_threads(self):
         self.start(rate=0.5)
+        stats = self.serve_two_threads()
+        self.assertEqual((stats["matched"], stats["mismatches"], stats["errors"]), (stats["sampled"], 0, 0))
+        self.assertGreater(stats["sampled"], 300)
+
+    def test_two_threads_whose_launches_are_put_off(self):
+        self.start(max_overhead=NEXT_TO_NOTHING)
+        stats = self.serve_two_threads()
+        self.assertEqual((stats["matched"], stats["sampled"] + stats["put_off"]), (stats["sampled"], 800))
+        self.assertGreater(stats["put_off"], 700)
+
+    def serve_two_threads(self):
+        """Stats of two threads' 400 launches each."""
         shimmed, errors = self.stack.layer.post_reorder_triton_kernel, []
         triton = mock.MagicMock()
 
@@ -328,8 +344,7 @@ class Faults(Loop):
                 thread.join()
         stats = self.stats()
         self.assertEqual((errors, stats["launches"], stats["triton"]), ([], 800, 800))
-        self.assertEqual((stats["matched"], stats["mismatches"], stats["errors"]), (stats["sampled"], 0, 0))
-        self.assertGreater(stats["sampled"], 300)
+        return stats
 
 
 class Recording(Loop):
@@ -448,6 +463,105 @@ class Measure(unittest.TestCase):
         b[999, 998] = torch.nextafter(b[999, 998], torch.tensor(9.0))
         found = self.measure(a, b)
         self.assertEqual(found[:2], [1, 999998])
+
+
+class Sampling(unittest.TestCase):
+    def test_chance_has_the_rate_that_was_asked_for(self):
+        count = 20_000
+        for rate in (0.001, 0.05, 0.5, 0.9):
+            with self.subTest(rate):
+                sampler = control.Sampler(rate, 0, seed=1)
+                picked = [sampler.by_chance() for _ in range(count)]
+                self.assertLess(abs(sum(picked) - count * rate), 5 * (count * rate * (1 - rate)) ** 0.5)
+                # Independent: two in a row are as frequent as that makes them.
+                both = sum(a and b for a, b in itertools.pairwise(picked))
+                self.assertLess(abs(both - count * rate**2), 5 * (3 * count * rate**2) ** 0.5)
+
+    def test_never_and_always(self):
+        for rate, expected in ((0, {False}), (1e-300, {False}), (1, {True}), (1.0, {True})):
+            sampler = control.Sampler(rate, 0, seed=1)
+            self.assertEqual({sampler.wants(None, ()) for _ in range(1000)}, expected, rate)
+
+    def test_the_first_of_each_shape(self):
+        sampler = control.Sampler(0, 2)
+        taken = [sampler.wants(lambda shape: shape, (step % 3,)) for step in range(12)]
+        self.assertEqual((taken, sampler.known()), ([True] * 6 + [False] * 6, 3))
+        with mock.patch.object(control, "MAX_SHAPES", 4):
+            taken = [sampler.wants(lambda shape: shape, (shape,)) for shape in (3, 4, 3, 4, 3)]
+        self.assertEqual((taken, sampler.known()), ([True, False, True, False, False], 4))
+
+
+class Bound(Loop):
+    def test_the_first_of_each_shape_and_then_none(self):
+        shim.install(mode="shadow")
+        shim.configure(rate=1, first_per_shape=2)
+        shim.configure("silu_and_mul", max_ulp=2)
+        # Without a bound, the control, all are sampled.
+        for max_overhead, sampled in ((NEXT_TO_NOTHING, 14), (0, 35)):
+            shim.reset()
+            shim.configure(max_overhead=max_overhead)
+            self.assertEqual(self.serve(35), 0)
+            for kernel in ("post_reorder_triton_kernel", "pre_reorder_triton_kernel", "silu_and_mul_triton_kernel"):
+                with self.subTest(kernel, max_overhead=max_overhead):
+                    stats = self.stats(kernel)
+                    self.assertEqual((stats["launches"], stats["triton"], stats["epmoe"]), (35, 35, 0))
+                    self.assertEqual((stats["sampled"], stats["put_off"]), (sampled, 35 - sampled))
+                    self.assertEqual((stats["matched"], stats["mode"]), (sampled, "shadow"))
+
+    def test_what_comparing_takes_stays_within_the_bound(self):
+        """By a clock that goes on by one each time it is asked."""
+        shim.install(mode="shadow")
+        shimmed, call, clock = self.stack.layer.post_reorder_triton_kernel, combine_call(), itertools.count()
+        with (
+            mock.patch.object(time, "perf_counter", lambda: float(next(clock))),
+            mock.patch.object(shimmed, "_original", mock.MagicMock()),
+        ):
+            shim.configure(rate=1, first_per_shape=0, trip_after=0, max_overhead=0.05)
+            for _ in range(500):
+                self.launch(shimmed, call)
+        stats, elapsed = self.stats(), next(clock)
+        self.assertEqual((stats["launches"], stats["sampled"] + stats["put_off"]), (500, 500))
+        one = stats["shadow_seconds"] / stats["sampled"]
+        self.assertLess(stats["shadow_seconds"], 0.05 * elapsed + 2 * one)
+        self.assertGreater(stats["shadow_seconds"], 0.05 * elapsed - 2 * one)
+        self.assertGreater(stats["sampled"], 5)
+
+    def test_time_before_sampling_began_buys_nothing(self):
+        clock, kernel = [0.0], control.controls["post_reorder_triton_kernel"]
+
+        def after(seconds):
+            clock[0] += seconds
+            return kernel.puts_off()
+
+        with mock.patch.object(time, "perf_counter", lambda: clock[0]):
+            shim.set_mode("post_reorder", "shadow")
+            shim.configure(max_overhead=0.5)
+            kernel.spent("shadow", 1)
+            self.assertEqual([after(1), after(1), after(1)], [True, False, False])
+            for restart in (
+                lambda: shim.configure(rate=1),
+                lambda: (shim.set_mode("post_reorder", "triton"), after(1000), shim.set_mode("post_reorder", "shadow")),
+                shim.reset,
+            ):
+                restart()
+                kernel.spent("shadow", 1)
+                self.assertEqual([after(1), after(1)], [True, False])
+            kernel.spent("shadow", 100)
+            self.assertTrue(after(0))
+            shim.set_mode("post_reorder", "shadow")  # said again it forgives nothing
+            self.assertTrue(after(0))
+
+    def test_launches_under_capture_are_not_put_off(self):
+        shim.install(mode="shadow")
+        shim.configure(rate=1, first_per_shape=0, max_overhead=NEXT_TO_NOTHING)
+        self.assertEqual(self.serve(7), 0)
+        # The time is that of all kernels together, and the first to launch has had it.
+        self.assertEqual((self.stats()["sampled"], self.stats()["put_off"]), (0, 7))
+        with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.assertEqual(self.serve(7), 0)
+        stats = self.stats()
+        self.assertEqual((stats["captured"], stats["staged"] + stats["uncompared"], stats["put_off"]), (7, 7, 7))
 
 
 class Overhead(Case):

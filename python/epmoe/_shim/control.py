@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import itertools
+import math
 import os
 import random
 import threading
@@ -22,8 +23,24 @@ SETTINGS = {
     "first_per_shape": 1,
     "max_ulp": 0,
     "trip_after": 3,
+    "max_overhead": 0.01,  # of the time, on the host; 0: no bound
 }
 lock = threading.RLock()
+
+
+class Comparing:
+    """Seconds that comparing has taken of the host, for all kernels together."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.seconds = 0.0
+
+    def spent(self, seconds):
+        with self.lock:
+            self.seconds += seconds
+
+
+comparing = Comparing()
 
 
 class Control:
@@ -50,6 +67,21 @@ class Control:
         self.tripped = ""
         self.failures = 0
         self.sampler = Sampler(self.rate, self.first_per_shape)
+        self.start_clock()
+
+    def start_clock(self):
+        """What comparing takes is set against the time from here on: what passed before it began buys nothing."""
+        self.began, self.already = time.perf_counter(), comparing.seconds
+
+    def puts_off(self):
+        """Whether comparing has had its share of the time, so that a launch that chance picked is passed over, which
+        is counted."""
+        if not self.max_overhead:
+            return False
+        if comparing.seconds - self.already <= self.max_overhead * (time.perf_counter() - self.began):
+            return False
+        self.count("put_off")
+        return True
 
     def count(self, name, by=1):
         with self.lock:
@@ -58,6 +90,8 @@ class Control:
     def spent(self, name, seconds):
         with self.lock:
             self.seconds[name] += seconds
+        if name == "shadow":
+            comparing.spent(seconds)
 
     def fell_back(self, key, reason, what="fallbacks"):
         """Counts a call that epmoe did not take, and warns of each kind of reason once: whether this was the first."""
@@ -125,6 +159,7 @@ COUNTS = (
     "epmoe",
     "fallbacks",  # asked of epmoe, served by Triton
     "sampled",
+    "put_off",  # passed over, though the rate would have had them sampled, by max_overhead
     "compared",
     "matched",
     "mismatches",
@@ -140,22 +175,39 @@ COUNTS = (
 
 
 class Sampler:
-    """The first launches of each shape, then a share of the others by chance."""
+    """The first launches of each shape, then a share of the others by chance: how many are passed over until the next
+    is drawn at once, for that costs less than a chance for each."""
 
     def __init__(self, rate, first_per_shape, seed=None):
         self.rate, self.first = rate, first_per_shape
         self.random = random.Random(seed).random
         self.seen = {}
+        self.left = self._gap()
+
+    def _gap(self):
+        """Of independent chances, how many fail before one does not; its fraction says nothing."""
+        if self.rate <= 0:
+            return math.inf
+        return 0 if self.rate >= 1 else math.log(1 - self.random()) / math.log1p(-self.rate)
+
+    def is_first(self, shape):
+        """Whether this is one of the first of its shape, to be asked while ``first`` is above 0."""
+        times = self.seen.get(shape, 0)
+        if times >= self.first or (times == 0 and len(self.seen) >= MAX_SHAPES):
+            return False
+        self.seen[shape] = times + 1
+        return True
+
+    def by_chance(self):
+        if self.left >= 1:
+            self.left -= 1
+            return False
+        self.left = self._gap()
+        return True
 
     def wants(self, shape_of, call):
         """Whether to take this one; ``shape_of(*call)`` is asked for while shapes count."""
-        if self.first > 0:
-            shape = shape_of(*call)
-            times = self.seen.get(shape, 0)
-            if times < self.first and (times or len(self.seen) < MAX_SHAPES):
-                self.seen[shape] = times + 1
-                return True
-        return self.rate > 0 and self.random() < self.rate
+        return (self.first > 0 and self.is_first(shape_of(*call))) or self.by_chance()
 
     def known(self):
         return len(self.seen)
@@ -213,6 +265,8 @@ def choose(modes, by):
         for name, mode in found.items():
             control = controls[name]
             with control.lock:
+                if mode == "shadow" and control.mode != "shadow":
+                    control.start_clock()
                 control.mode, control.chosen, control.tripped, control.failures = mode, by, "", 0
 
 
@@ -259,6 +313,7 @@ def configure(kernel, settings):
             for setting, value in settings.items():
                 setattr(control, setting, value)
             control.sampler = Sampler(control.rate, control.first_per_shape)
+            control.start_clock()
 
 
 class Recorder:

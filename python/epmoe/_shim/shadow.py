@@ -27,10 +27,15 @@ _unused = collections.deque(maxlen=64)
 _pending_lock = threading.Lock()
 
 
+# A torch without CUDA has a function that raises, which is not worth a microsecond of every launch to find again.
+_never = None if torch.backends.cuda.is_built() else getattr(torch.cuda, "is_current_stream_capturing", None)
+
+
 def capturing():
     """Whether the current stream is being captured into a CUDA graph."""
     try:
-        return torch.cuda.is_current_stream_capturing()
+        ask = torch.cuda.is_current_stream_capturing
+        return ask is not _never and ask()
     except (RuntimeError, AssertionError, AttributeError):
         return False
 
