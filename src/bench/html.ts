@@ -77,7 +77,8 @@ function plot(
       ? logScale(Math.min(...values) / 1.2, Math.max(...values) * 1.2, bottom, top)
       : linearScale(0, most ?? Math.max(...values), bottom, top)
   const marks = kind === 'log' ? decades(Math.min(...values) / 1.2, Math.max(...values) * 1.2) : percents(most ?? 100)
-  const lines = [...groupBy(timings, ({ implementation }) => implementation)].map(([name, own]) => {
+  // The first is drawn last: where lines meet, epmoe's is seen.
+  const lines = [...groupBy(timings, ({ implementation }) => implementation)].reverse().map(([name, own]) => {
     const sorted = [...own].sort((a, b) => a.tokens - b.tokens)
     const points = sorted.map(
       (timing) => `${x(Math.max(1, timing.tokens)).toFixed(1)},${y(valueOf(timing)).toFixed(1)}`,
