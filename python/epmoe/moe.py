@@ -4,6 +4,7 @@ Rows are grouped by expert, as ``preprocess`` orders them: expert ``e`` owns row
 ``seg_indptr[e + 1]``. Rows beyond the last segment belong to nobody; they may be uninitialised and stay so.
 """
 
+import functools
 import itertools
 
 import torch
@@ -35,9 +36,14 @@ def _has_grouped_mm(rows, weights):
     """Whether torch has a kernel for these; for other dtypes and older GPUs its grouped_mm is a loop that waits."""
     if weights.dtype != torch.bfloat16 or not hasattr(functional, "grouped_mm"):
         return False
-    if weights.is_cuda and torch.cuda.get_device_capability(weights.device) < (9, 0):
+    if weights.is_cuda and _capability(weights.device) < (9, 0):
         return False
     return _is_aligned(rows) and _is_aligned(weights)
+
+
+@functools.cache
+def _capability(device):
+    return torch.cuda.get_device_capability(device)
 
 
 def _is_aligned(tensor):
