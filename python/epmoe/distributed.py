@@ -186,13 +186,25 @@ class RankGroup:
             event = torch.cuda.Event()
             event.record()
             deadline, polls = time.monotonic() + self.timeout, 0
-            while not event.query():
+            while not self._is_done(event):
                 polls += 1
                 if polls > 1000:
                     self._check(deadline)
                     time.sleep(5e-5)
             tensor = host
         return tensor.tolist()
+
+    def _is_done(self, event):
+        """A rank that is gone may also fail the GPU's work of those that exchange memory with it, which names nobody."""
+        with self._diagnosed():
+            return event.query()
+
+    @contextlib.contextmanager
+    def _diagnosed(self):
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._watch.diagnose(error) from error
 
     def all_reduce(self, tensor, in_float32):
         """Sums over the ranks, in place and under way; :meth:`wait` for the result."""
@@ -214,7 +226,8 @@ class RankGroup:
     def wait(self, work):
         """Until the result is there: on the host with gloo, in the current stream with NCCL."""
         if self.backend == "nccl":
-            work.handle.wait()
+            with self._diagnosed():
+                work.handle.wait()
         else:
             self._wait_on_host(work)
         if work.copy is not None:

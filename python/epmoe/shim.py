@@ -140,7 +140,7 @@ def record(folder, *, rate=0.0, first_per_shape=0, max_bytes=1 << 30, min_free_b
 
 
 def stats():
-    """Counts by kernel. ``shadow_overhead`` is the host's time spent comparing over that spent launching Triton."""
+    """Counts by kernel. ``shadow_overhead`` is the share of the time, on the host, that comparing has taken."""
     _capture.poll()
     return {name: control.stats() for name, control in _control.controls.items()}
 

@@ -52,9 +52,12 @@ export interface ShimStats {
   recordFailures: number
   /** Why it went back to Triton by itself; empty otherwise. */
   tripped: string
-  tritonSeconds: number
+  /** Since counting began. */
+  elapsedSeconds: number
+  /** That comparing has taken on the host, and recording. */
   shadowSeconds: number
   recordSeconds: number
+  /** Of the time, that comparing has taken. */
   shadowOverhead: number
   shapes: number
   /** The shortest times of each shape that shadow compared. */

@@ -71,7 +71,7 @@ class Clean(Loop):
                 self.assertEqual(stats["matched"], stats["sampled"])
                 self.assertEqual((stats["mismatches"], stats["errors"], stats["uncovered"]), (0, 0, 0))
                 self.assertGreater(stats["shadow_seconds"], 0)
-                self.assertAlmostEqual(stats["shadow_overhead"], stats["shadow_seconds"] / stats["triton_seconds"])
+                self.assertAlmostEqual(stats["shadow_overhead"], stats["shadow_seconds"] / stats["elapsed_seconds"])
         self.assertEqual(shim.events(), [])
 
     def test_thousands_of_launches(self):
@@ -575,7 +575,7 @@ class Overhead(Case):
         whole = time.perf_counter() - begin
         stats = self.stats()
         self.assertEqual(stats["sampled"], 1)
-        self.assertLess(stats["shadow_seconds"] + stats["triton_seconds"], whole)
+        self.assertLess(stats["shadow_seconds"], whole)
         self.assertGreater(stats["shadow_seconds"], 0)
 
     def test_a_stack_of_its_own_is_not_seen(self):
