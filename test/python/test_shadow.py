@@ -94,6 +94,35 @@ class Clean(Loop):
         self.assertEqual(stats["mismatches"], stats["sampled"])  # the control: nobody wrote Triton's output
         self.assertEqual(len(shim.events()), stats["sampled"])
 
+    def test_what_tells_launches_apart(self):
+        def call(tokens=4, hidden=HIDDEN, dtype=torch.float32, index=torch.int32, weights=torch.float32):
+            rows, output = torch.randn(8, hidden).to(dtype), torch.empty(tokens, hidden, dtype=dtype)
+            ids, src2dst = torch.ones(4, TOPK, dtype=index), torch.arange(8, dtype=index)
+            return (tokens,), (rows, output, src2dst, ids, torch.ones(4, TOPK, dtype=weights)), hidden
+
+        shim.install(mode="shadow")
+        shim.configure(rate=0, first_per_shape=1, trip_after=0)
+        calls = [
+            call(),
+            call(tokens=3),
+            call(hidden=HIDDEN + 2),
+            call(dtype=torch.bfloat16),
+            call(index=torch.int64),
+            call(dtype=torch.bfloat16, weights=torch.bfloat16),
+        ]
+        for generation, bounds, start, expected in (("a", (0, 3), (), 6), ("b", (0, 3), (0,), 12), ("d", (), (), 18)):
+            kernel = getattr(self.stack, generation).post_reorder_triton_kernel
+            with mock.patch.object(kernel, "_original", mock.MagicMock()), self.subTest(generation):
+                for _ in range(3):
+                    for grid, tensors, hidden in calls:
+                        kernel[grid](*tensors, *bounds, TOPK, hidden, *start, BLOCK_SIZE=64)
+                stats = self.stats()
+                self.assertEqual((stats["sampled"], stats["shapes"]), (expected, expected))
+        # What cannot be told by a shape is Triton's to refuse.
+        with mock.patch.object(kernel, "_original", mock.MagicMock()) as triton:
+            kernel[[3]]([1], {}, None, 2, "x", TOPK, HIDDEN, BLOCK_SIZE=64)
+            triton.__getitem__.return_value.assert_called_once()
+
     def test_results_of_helpers(self):
         shim.install(mode="shadow")
         shim.configure(rate=1)

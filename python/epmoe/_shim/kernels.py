@@ -5,7 +5,6 @@ import inspect
 import math
 import operator
 import threading
-import time
 import warnings
 
 from torch import Tensor
@@ -19,6 +18,9 @@ from epmoe.errors import EpmoeError
 from epmoe.migrate import capsule as capsules
 
 _NO_ORIGINAL = "Install an SGLang that has it, name one in EPMOE_SGLANG, or set the mode to 'epmoe'"
+
+
+_POINTERS = 5  # of a kernel's parameters; all of them are among the first so many
 
 
 def shape_of(args, kwargs):
@@ -255,16 +257,13 @@ class Kernel(Shim):
         return (self._original or self.original())[grid](*args, **kwargs)
 
     def _shape(self, grid, args, kwargs):
-        """A kernel sees the grid, the sizes and the dtypes of a launch, and no shapes."""
+        """A kernel sees the grid, the sizes and the dtypes of a launch, and no shapes. Generations share a control."""
         if len(args) <= self._last_size:
             return shape_of(args, kwargs)
-        given, output = args[0], args[1]
-        try:
-            if type(grid) is not tuple:
-                grid = given.shape, output.shape
-            return grid, self._sizes(args), given.dtype, output.dtype
-        except AttributeError:  # no tensors: epmoe will say so
-            return shape_of(args, kwargs)
+        dtypes = [getattr(each, "dtype", type(each)) for each in args[:_POINTERS]]
+        if type(grid) is not tuple:
+            grid = getattr(args[0], "shape", None), getattr(args[1], "shape", None)
+        return self._form.generation, grid, self._sizes(args), tuple(dtypes)
 
     def _describe(self, grid, args, kwargs):
         names, form = self._names, self._form
