@@ -195,7 +195,7 @@ class RankGroup:
         return tensor.tolist()
 
     def _is_done(self, event):
-        """A rank that is gone may also fail the GPU's work of those that exchange memory with it, which names nobody."""
+        """A rank that is gone may also fail the GPU's work of those that share memory with it, which names nobody."""
         with self._diagnosed():
             return event.query()
 

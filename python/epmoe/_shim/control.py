@@ -29,7 +29,7 @@ lock = threading.RLock()
 
 
 class Count:
-    """Counts in one call of C, so that threads lose nothing of it: a lock would cost a launch more than all the rest."""
+    """Counts in one call of C, so that threads lose nothing of it: a lock would cost more than all the rest."""
 
     def __init__(self):
         self._numbers = itertools.count()
