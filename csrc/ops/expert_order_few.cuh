@@ -9,7 +9,7 @@ namespace epmoe::expert_order {
 namespace {
 
 constexpr int kFewRuns = 8;        // of a block of few_kernel; with 16, the code is longer and every size slower
-constexpr int kCountedAtOnce = 4;  // of all slots, by a thread; with 8, there are fewer threads and up to 4,096 slots are slower
+constexpr int kCountedAtOnce = 4;  // of all slots, by a thread; with 8, up to 4,096 slots are slower
 
 // Few slots, packed: each lane keeps kPer of a run's slots in registers, and a run has kPer words of marks a bucket, so
 // that nothing waits for the slots before it. Straight-line code: with so little to do, fetching it counts. Several
