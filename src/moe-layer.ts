@@ -63,6 +63,7 @@ export class MoeLayer implements Disposable {
   /** E, H, I and the first GEMM's width N, with the weights' dtype and device. */
   readonly #axes: Axes
   readonly #groupedGemm: PyRef
+  readonly #endsOf: PyRef
   readonly #localIds: PyRef
   /** Maps the model's ids to the rank's; absent when they are the same. */
   readonly #table: PyRef | undefined
@@ -81,6 +82,7 @@ export class MoeLayer implements Disposable {
     using module = python.import('epmoe.moe')
     using torch = python.import('torch')
     this.#groupedGemm = module.get('grouped_gemm')
+    this.#endsOf = module.get('ends_of')
     this.#localIds = module.get('local_ids')
     this.#int32 = torch.get('int32')
     this.#int64 = torch.get('int64')
@@ -139,16 +141,18 @@ export class MoeLayer implements Disposable {
     using gateupInput = hiddenStates.method('new_empty', [slots, axes.size('H')])
     preReorder({ input: hiddenStates, gateupInput, src2dst })
     const { w13, w13Bias, w2, w2Bias, routedScalingFactor, numerics } = this.#options
-    using gateupOutput = yield [gateupInput, w13, segIndptr, w13Bias]
+    using ends = this.#endsOf.call(segIndptr)
+    using gateupOutput = yield [gateupInput, w13, ends, w13Bias]
     using downInput = this.#activate(gateupOutput, reorderTopkIds, slots)
-    using downOutput = yield [downInput, w2, segIndptr, w2Bias]
+    using downOutput = yield [downInput, w2, ends, w2Bias]
     postReorder({ downOutput, output, src2dst, topkWeights, sharedOutput, residual, routedScalingFactor, numerics })
     return output
   }
 
   /** Lets go of what the layer made; the weights stay the caller's. */
   dispose(): void {
-    for (const ref of [this.#groupedGemm, this.#localIds, this.#table, this.#int32, this.#int64]) ref?.dispose()
+    const own = [this.#groupedGemm, this.#endsOf, this.#localIds, this.#table, this.#int32, this.#int64]
+    for (const ref of own) ref?.dispose()
     if (this.#options.activation === 'swigluoai') (this.#activation as PyRef).dispose()
   }
 

@@ -87,8 +87,8 @@ export interface Native {
     buffer(handle: number): { buffer: ArrayBuffer; byteOffset: number }
     copy(destination: number, source: number): number
     count(): { deviceType: number; deviceId: number; tensors: number; bytes: number }[]
-    /** Tells V8 of memory that is held by, but not part of, its heap. */
-    adjustExternal(bytes: number): void
+    /** Tells V8 of memory that its heap holds without containing it: so many bytes more, and what tensors hold. */
+    tellExternal(bytes: number): void
   }
   stream: {
     create(deviceId: number): number

@@ -2,6 +2,7 @@ import { constants } from 'node:buffer'
 import { type Device, type DeviceLike, deviceName, dl, parseDevice } from './device.js'
 import { type DType, dtypeFacts, dtypeName, dtypeOfArray, type TypedArray } from './dtype.js'
 import { describeValue, EpmoeError } from './errors.js'
+import { tellSoon } from './external.js'
 import { pythonAddress, pythonRefs, torchBridge } from './foreign.js'
 import { type NativeTensor, native } from './native.js'
 import { enterScope, leaveScope } from './scope.js'
@@ -65,6 +66,7 @@ export class Tensor implements Disposable {
     this.#buffer = buffer
     registry.register(this, facts.handle, this)
     enterScope(this)
+    tellSoon()
   }
 
   /** Uninitialised memory. */
@@ -298,7 +300,7 @@ export class Tensor implements Disposable {
     if (this.#handle < 0) return
     registry.unregister(this)
     leaveScope(this)
-    native().tensor.dispose(this.#handle, true)
+    letGo(this.#handle, true)
     this.#handle = -1
   }
 
@@ -400,7 +402,12 @@ export function stats(): {
   return { ...total, devices, python: { ...pythonRefs } }
 }
 
-const registry = new FinalizationRegistry<number>((handle) => native().tensor.dispose(handle, false))
+const registry = new FinalizationRegistry<number>((handle) => letGo(handle, false))
+
+function letGo(handle: number, detach: boolean): void {
+  native().tensor.dispose(handle, detach)
+  tellSoon()
+}
 
 function checkShape(shape: readonly number[], op: string, itemsize: number): number[] {
   const valid = Array.isArray(shape) && shape.every((size) => Number.isSafeInteger(size) && size >= 0)

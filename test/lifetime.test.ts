@@ -150,6 +150,15 @@ inTurn('a call on a tensor disposed by a getter of its own arguments is refused'
   t.is(t.throws(() => postReorder(sly), { instanceOf: EpmoeError })?.code, 'ERR_DISPOSED')
 })
 
+/** The number that a program prints in a process of its own. */
+function printedBy(program: string): number {
+  const cwd = fileURLToPath(new URL('..', import.meta.url))
+  const args = ['--conditions=epmoe-source', '--import=tsx', '--input-type=module', '--eval', program]
+  const result = spawnSync(process.execPath, args, { cwd, encoding: 'utf8' })
+  if (result.status !== 0) throw new Error(result.stderr)
+  return Number(result.stdout)
+}
+
 /** Peak resident memory, in MB, of a process that makes 60 tensors of 64 MB each, letting go of them as `body` says. */
 function peak(body: string): number {
   const program = `
@@ -162,11 +171,7 @@ function peak(body: string): number {
       await new Promise((resolve) => setImmediate(resolve))
     }
     console.log(JSON.stringify(Math.round(peak / 1e6)))`
-  const cwd = fileURLToPath(new URL('..', import.meta.url))
-  const args = ['--conditions=epmoe-source', '--import=tsx', '--input-type=module', '--eval', program]
-  const result = spawnSync(process.execPath, args, { cwd, encoding: 'utf8' })
-  if (result.status !== 0) throw new Error(result.stderr)
-  return Number(result.stdout)
+  return printedBy(program)
 }
 
 inTurn('a long loop of synchronous calls needs no turn of the event loop to give its memory back', (t) => {
@@ -180,6 +185,34 @@ inTurn('a long loop of synchronous calls needs no turn of the event loop to give
   const grown = loop() - before
   t.true(grown < 100e6, `${(grown / 1e6).toFixed()} MB more after 200,000 calls`)
   tensor.dispose()
+})
+
+/** How often V8 collects everything in a process that makes tensors of 128 MB in `body`, 100 times. */
+function collections(body: string): number {
+  const program = `
+    import { constants, PerformanceObserver } from 'node:perf_hooks'
+    import { scope, startPython, Tensor } from 'epmoe'
+    const torch = startPython().import('torch')
+    const turn = () => new Promise((resolve) => setImmediate(resolve))
+    const seen = []
+    const observer = new PerformanceObserver((list) => seen.push(...list.getEntries()))
+    await turn()
+    observer.observe({ entryTypes: ['gc'] })
+    for (let i = 0; i < 100; i++) { ${body} }
+    for (let i = 0; i < 3; i++) await turn()
+    console.log(seen.filter(({ detail }) => detail.kind === constants.NODE_PERFORMANCE_GC_MAJOR).length)`
+  return printedBy(program)
+}
+
+inTurn('what comes and goes within a turn of the event loop has V8 collect nothing', (t) => {
+  t.timeout(120_000)
+  for (const make of [`torch.method('empty', 2 ** 25)`, 'Tensor.empty([2 ** 25])']) {
+    const withinTurn = collections(`scope(() => { for (let j = 0; j < 4; j++) ${make} })`)
+    const overTurns = collections(`for (let j = 0; j < 4; j++) ${make}; await turn()`)
+    t.log(`${make}: ${withinTurn} full collections; left to the collector ${overTurns}`)
+    t.true(withinTurn < 5)
+    t.true(overTurns >= 5, 'the control')
+  }
 })
 
 inTurn('two-dimensional tensors do not pile up: at once with a scope, in good time without', (t) => {

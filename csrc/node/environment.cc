@@ -1,5 +1,7 @@
 #include "node/environment.h"
 
+#include <utility>
+
 #include "node/python.h"
 
 namespace epmoe::node {
@@ -136,13 +138,18 @@ std::map<std::pair<int32_t, int32_t>, Environment::Count> Environment::live() co
 
 void Environment::drain() {
   std::vector<napi_ref> references;
-  int64_t bytes = 0;
   {
     const std::lock_guard<std::mutex> lock(outbox->mutex);
     references.swap(outbox->references);
-    std::swap(bytes, outbox->external_bytes);
   }
   for (napi_ref reference : references) napi_delete_reference(env, reference);
+}
+
+void Environment::tell_external(int64_t bytes) {
+  {
+    const std::lock_guard<std::mutex> lock(outbox->mutex);
+    bytes += std::exchange(outbox->external_bytes, 0);
+  }
   int64_t total = 0;
   if (bytes != 0) napi_adjust_external_memory(env, bytes, &total);
 }

@@ -158,6 +158,8 @@ class Environment {
   double last_event = 0;
 
   void drain();
+  // Tells V8 of what tensors hold, and of so many bytes more.
+  void tell_external(int64_t bytes);
   [[noreturn]] void raise(const char *argument = nullptr);  // throws the library's last error as an EpmoeError
   [[noreturn]] void raise(const char *code, const std::string &op, const std::string &argument,
                           const std::string &expected, const std::string &received, const std::string &hint);

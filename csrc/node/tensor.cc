@@ -162,9 +162,8 @@ Napi::Value count(const Napi::CallbackInfo &info) {
   return result;
 }
 
-void adjust_external(const Napi::CallbackInfo &info) {
-  int64_t total = 0;
-  napi_adjust_external_memory(info.Env(), info[0].As<Napi::Number>().Int64Value(), &total);
+void tell_external(const Napi::CallbackInfo &info) {
+  Environment::of(info.Env()).tell_external(info[0].As<Napi::Number>().Int64Value());
 }
 
 }  // namespace
@@ -243,7 +242,7 @@ void export_tensors(Napi::Env env, Napi::Object exports) {
   tensor["dispose"] = Napi::Function::New(env, dispose);
   tensor["buffer"] = Napi::Function::New(env, buffer);
   tensor["copy"] = Napi::Function::New(env, copy);
-  tensor["adjustExternal"] = Napi::Function::New(env, adjust_external);
+  tensor["tellExternal"] = Napi::Function::New(env, tell_external);
   tensor["count"] = Napi::Function::New(env, count);
   exports["tensor"] = tensor;
   exports["dtypes"] = dtypes(env);

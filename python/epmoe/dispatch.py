@@ -59,13 +59,12 @@ class Exchange:
     def agree(self, seg_indptr):
         """Tells the ranks how many tokens come, and learns it of them; the host waits. Returns the rows to send."""
         group, chunks, topk = self._route.group, self._route.chunks, self._ids.shape[1]
-        counts = seg_indptr.diff().view(chunks, group.size)
-        rows = torch.empty(group.size, 2 + chunks, dtype=torch.int64, device=counts.device)
-        rows[:, 0], rows[:, 1], rows[:, 2:] = 1, topk, counts.t()
-        received = group.agree(rows)
+        self._counts = seg_indptr.diff()
+        rows = torch.empty(group.size, 2 + chunks, dtype=torch.int64, device=seg_indptr.device)
+        rows[:, 0], rows[:, 1], rows[:, 2:] = 1, topk, self._counts.view(chunks, group.size).t()
+        received, sent = group.agree(rows)
         group.must_be_same("topk_ids", "slots a token", [row[1] for row in received])
-        self._sent = group.on_host(counts)
-        self._received = [[row[2 + chunk] for row in received] for chunk in range(chunks)]
+        self._sent, self._received = ([list(part) for part in zip(*each, strict=True)][2:] for each in (sent, received))
         self._ends = [0]
         for sent in self._sent:
             self._ends.append(self._ends[-1] + sum(sent))
@@ -80,9 +79,8 @@ class Exchange:
         slots = torch.where(src2dst < 0, count, src2dst).long()
         tokens = torch.arange(slots.shape[0], device=rows.device) // topk
         token = torch.empty(count + 1, dtype=torch.int64, device=rows.device).scatter_(0, slots, tokens)[:count]
-        sent = torch.tensor(self._sent, device=rows.device).flatten()
         ranks = torch.arange(size, device=rows.device).repeat(self._route.chunks)
-        rank = torch.repeat_interleave(ranks, sent, output_size=count)
+        rank = torch.repeat_interleave(ranks, self._counts, output_size=count)
         ids = self._ids[token] - self._route.first(rank)[:, None]
         local = torch.where(self._ranks[token] == rank[:, None], ids, -1).to(torch.int32)
         self._choices = torch.cat([local, self._weights[token].float().view(torch.int32)], dim=1)

@@ -131,14 +131,14 @@ class RankGroup:
         self._store.set(f"refusal-{self._watch.calls}/{self.rank}", message)
 
     def agree(self, rows):
-        """Hands each rank its row of whole numbers and returns the rows received, as lists; the host waits.
+        """Hands each rank its row of whole numbers; the host waits. Returns the rows received and those sent, as lists.
 
         rows [W, n], int64, on the group's device; one that begins with 0 says that its rank refuses the call, and then
         every rank gets ERR_RANK_REFUSED with the reasons.
         """
-        received = torch.empty_like(rows)
-        self.wait(self.all_to_all(received, rows, None, None))
-        received = self.on_host(received)
+        both = torch.stack([rows, rows])  # one trip to the host for what came and what went
+        self.wait(self.all_to_all(both[0], rows, None, None))
+        received, sent = self.on_host(both)
         refused = [rank for rank, row in enumerate(received) if row[0] == 0]
         if refused:
             key = f"refusal-{self._watch.calls}"
@@ -150,12 +150,12 @@ class RankGroup:
                 received="; ".join(told),
                 hint="Nothing was computed, and the group goes on with the next call",
             )
-        return received
+        return received, sent
 
     def agree_on(self, tokens, topk):
         """Makes sure that all ranks bring as many tokens with as many slots; the host waits."""
         rows = torch.tensor([[1, tokens, topk]] * self.size, device=self.device)
-        received = self.agree(rows)
+        received, _ = self.agree(rows)
         self.must_be_same("hidden_states", "tokens", [row[1] for row in received])
         self.must_be_same("topk_ids", "slots a token", [row[2] for row in received])
 

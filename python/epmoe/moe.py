@@ -10,14 +10,20 @@ import itertools
 import torch
 from torch.nn import functional
 
-__all__ = ["expert_table", "grouped_gemm", "local_ids", "swiglu_oai"]
+__all__ = ["ends_of", "expert_table", "grouped_gemm", "local_ids", "swiglu_oai"]
+
+
+def ends_of(seg_indptr):
+    """Where the experts' rows end, [E], int32, of seg_indptr [E + 1]: what a layer's products share."""
+    return seg_indptr[1:].to(torch.int32)
 
 
 @torch.no_grad()
-def grouped_gemm(rows, weights, seg_indptr, bias=None):
+def grouped_gemm(rows, weights, ends, bias=None):
     """``rows[i] @ weights[e].T + bias[e]`` for every row ``i`` of every expert ``e``.
 
-    rows [R, N], weights [E, M, N] (any strides: a transposed view costs nothing), seg_indptr [E + 1], bias [E, M].
+    rows [R, N], weights [E, M, N] (any strides: a transposed view costs nothing), ends [E] as of :func:`ends_of`,
+    bias [E, M].
     In bfloat16 ``torch.nn.functional.grouped_mm`` does it without waiting for the GPU, so that it can be captured in a
     CUDA graph. Where that cannot be had (other dtypes, GPUs before compute capability 9.0, torch before 2.10, strides
     that are no multiple of 16 bytes) it is one matmul an expert, which needs the segments on the host: it waits.
@@ -25,11 +31,10 @@ def grouped_gemm(rows, weights, seg_indptr, bias=None):
     if rows.shape[0] == 0:
         return rows.new_empty(0, weights.shape[1])
     if not _has_grouped_mm(rows, weights):
-        return _matmul_per_expert(rows, weights, seg_indptr.tolist(), bias)
-    ends = seg_indptr[1:].to(torch.int32)
+        return _matmul_per_expert(rows, weights, [0, *ends.tolist()], bias)
     # On CUDA, grouped_mm pads rows that are no multiple of 16 bytes.
     out = functional.grouped_mm(rows, weights.transpose(1, 2), offs=ends).contiguous()
-    return out if bias is None else out.add_(bias[_expert_of_rows(rows.shape[0], seg_indptr)])
+    return out if bias is None else out.add_(bias[_expert_of_rows(rows.shape[0], ends)])
 
 
 def _has_grouped_mm(rows, weights):
@@ -70,10 +75,10 @@ def _matmul_per_expert(rows, weights, ends, bias):
     return out
 
 
-def _expert_of_rows(count, seg_indptr):
+def _expert_of_rows(count, ends):
     """The expert of each row; rows of nobody get the last one's, so that indexing with them is safe."""
-    rows = torch.arange(count, device=seg_indptr.device)
-    return torch.searchsorted(seg_indptr[1:-1], rows, right=True)
+    rows = torch.arange(count, device=ends.device, dtype=ends.dtype)
+    return torch.searchsorted(ends[:-1], rows, right=True)
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
 import { EpmoeError } from '../errors.js'
+import { holdExternal } from '../external.js'
 import { pythonRefs, registerAddresser } from '../foreign.js'
 import { native } from '../native.js'
 import { enterScope, leaveScope } from '../scope.js'
@@ -182,11 +183,10 @@ function release({ address, bytes }: Held): void {
   native().crossing.release(address)
 }
 
-/** Without bytes V8 would take a handle to gigabytes for a few words, and be in no hurry to collect it. */
 function count(refs: number, bytes: number): void {
   pythonRefs.refs += refs
   pythonRefs.bytes += bytes
-  if (bytes !== 0) native().tensor.adjustExternal(bytes)
+  if (bytes !== 0) holdExternal(bytes)
 }
 
 const registry = new FinalizationRegistry<Held>(release)

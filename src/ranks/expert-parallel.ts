@@ -18,8 +18,7 @@ export interface ExpertParallelOptions extends Omit<MoeLayerOptions, 'startExper
   scheme: 'all-reduce' | 'all-to-all'
   /**
    * Parts that the tokens of a call are cut into, so that one is under way while another is computed. The same on every
-   * rank. Default: 2 with NCCL, whose stream runs beside the experts', and 1 with gloo, which needs the same cores.
-   * 1 is best where tokens are few.
+   * rank. More than one, the default, pays where a part's communication takes longer than starting its kernels does.
    */
   chunks?: number | undefined
   /**
@@ -54,9 +53,8 @@ export class ExpertParallelLayer implements Disposable {
   /** Made by expertParallel(). */
   constructor(options: ExpertParallelOptions) {
     onlyKnown(options, optionNames, 'expertParallel')
-    const { group, scheme, chunks: asked, agreement, reduceIn, numExperts, ...weights } = options
+    const { group, scheme, chunks = 1, agreement, reduceIn, numExperts, ...weights } = options
     if (!(group instanceof RankGroup)) throw wrong('group', 'the group that joinRanks() gave', group)
-    const chunks = asked ?? (group.backend === 'nccl' ? 2 : 1)
     const brought = inAgreement(group, () => {
       if (!['all-reduce', 'all-to-all'].includes(scheme)) throw wrong('scheme', "'all-reduce' or 'all-to-all'", scheme)
       oneOf('agreement', agreement, ['each-call', 'none'], 'expertParallel')
