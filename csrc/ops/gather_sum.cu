@@ -188,28 +188,41 @@ constexpr int kTokens = 4;  // whose slots a warp resolves at once
 
 __device__ __forceinline__ int lowest(unsigned lanes) { return __ffs(static_cast<int>(lanes)) - 1; }
 
-// Sums `here` tokens that have a row or two each, as most experts are remote: the first rows of all are under way
-// together. A token without one loads another's, which costs less than a branch that the compiler would wait behind.
+// Sums `here` tokens that have a row or two each, as most experts are remote: at most eight rows, all under way
+// together, four at a time. Of what is beyond the last one the last is loaded again, which costs less than branches
+// that the compiler would wait behind.
 template <int kSlots, typename Columns>
 __device__ __forceinline__ void sum_sparse(Columns &columns, Slot mine, unsigned locals, int here) {
-  constexpr unsigned kItsLanes = (1u << kSlots) - 1;
-  typename Columns::Row first[kTokens];
-  int lane = lowest(locals);
+  typename Columns::Row rows[2 * kTokens] = {};
+  unsigned left = locals;
+  const auto load_four = [&](int first) {
 #pragma unroll
-  for (int t = 0; t < kTokens; ++t) {
-    const unsigned its = locals & kItsLanes << t * kSlots;
-    lane = its != 0 ? lowest(its) : lane;
-    first[t] = columns.load(mine, lane);
+    for (int i = first; i < first + kTokens; ++i) {
+      rows[i] = columns.load(mine, lowest(left));
+      const unsigned others = left & (left - 1);
+      left = others != 0 ? others : left;
+    }
+  };
+  load_four(0);
+  const int count = __popc(locals);
+  if (count > kTokens) load_four(kTokens);
+  left = locals;
+  typename Columns::Sum sum;
+  int token = 0;
+#pragma unroll
+  for (int i = 0; i < 2 * kTokens; ++i) {
+    if (i >= count) break;
+    const int lane = lowest(left);
+    for (; token < lane / kSlots; ++token) {
+      columns.finish(sum);
+      sum = {};
+    }
+    columns.add(sum, rows[i], mine, lane);
+    left &= left - 1;
   }
-#pragma unroll
-  for (int t = 0; t < kTokens; ++t) {
-    if (t >= here) break;
-    typename Columns::Sum sum;
-    unsigned left = locals & kItsLanes << t * kSlots;
-    if (left != 0) columns.add(sum, first[t], mine, lowest(left));
-#pragma unroll 1
-    while ((left &= left - 1) != 0) columns.add(sum, columns.load(mine, lowest(left)), mine, lowest(left));
+  for (; token < here; ++token) {
     columns.finish(sum);
+    sum = {};
   }
 }
 
