@@ -61,8 +61,10 @@ def plain(x, activation, biases, factor=1.0, added=False, dtype=None):
 
 
 @torch.no_grad()
-def attainable(x, activation, biases, factor=1.0, added=False):
+def attainable(x, activation, biases, factor=1.0, added=False, parts=None):
     """The layer with no rounding that its dtype could do without, once for each shape of its matrix products.
+
+    ``parts`` are ranges of experts, the sums of which are added, as ranks that have these experts do.
 
     Rows [R, N] of an expert are torch's to multiply, all at once or 1, 2, 4, ... at a time: by the shape it chooses a
     kernel, and the kernel the order of additions. Products and the activation are rounded to the dtype, everything else
@@ -71,25 +73,30 @@ def attainable(x, activation, biases, factor=1.0, added=False):
     """
     most = max(1, int((x["ids"][..., None] == torch.arange(x["w13"].shape[0]).to(x["ids"])).sum((0, 1)).max()))
     sizes = [2**power for power in range(most.bit_length())] + [most]
-    return [_attainable(x, activation, biases, factor, added, size) for size in sizes]
+    ranges = [range(*part) for part in parts or [(0, x["w13"].shape[0])]]
+    return [_attainable(x, activation, biases, factor, added, ranges, size) for size in sizes]
 
 
-def _attainable(x, activation, biases, factor, added, rows_at_once):
+def _attainable(x, activation, biases, factor, added, ranges, rows_at_once):
+    out = sum(_sum_of(x, activation, biases, experts, rows_at_once) * factor for experts in ranges)
+    for name in ("shared", "residual"):
+        if added and x[name] is not None:
+            out = out + x[name].float()
+    return out.to(x["hidden"])
+
+
+def _sum_of(x, activation, biases, experts, rows_at_once):
     hidden = x["hidden"]
     out = torch.zeros_like(hidden, dtype=torch.float32)
     weights = x["weights"].float()
-    for expert in range(x["w13"].shape[0]):
+    for expert in experts:
         token, slot = torch.where(x["ids"] == expert)
         biases13, biases2 = (x["w13_bias"][expert], x["w2_bias"][expert]) if biases else (None, None)
         rows = _product(hidden[token], x["w13"][expert], biases13, rows_at_once)
         rows = ACTIVATIONS[activation](rows.double()).to(hidden)
         rows = _product(rows, x["w2"][expert], biases2, rows_at_once)
         out.index_add_(0, token, rows.float() * weights[token, slot, None])
-    out = out * factor
-    for name in ("shared", "residual"):
-        if added and x[name] is not None:
-            out = out + x[name].float()
-    return out.to(hidden)
+    return out
 
 
 def _product(rows, weight, bias, rows_at_once):

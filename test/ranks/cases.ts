@@ -147,7 +147,10 @@ function measured(case_: Case, spoil: Spoil = {}, ranks = group): Sums {
   const { biases, activation, added } = case_
   const own = (y: PyRef) => evaluate('y[a:b]', { y, a: before, b: before + mine })
   const plain = (dtype?: string) => own(reference.method('plain', x, activation, biases, factor, added, dtype))
-  const attainable = [...reference.method('attainable', x, activation, biases, factor, added)].map(own)
+  const parts = ranks.gather(ranks.expertRange(case_.experts)).map(({ start, end }) => [start, end])
+  const attainable = [undefined, parts].flatMap((each) =>
+    [...reference.method('attainable', x, activation, biases, factor, added, each)].map(own),
+  )
   using single = moeLayer({ ...weightsOf(case_, x, 0, case_.experts), ...settings(case_) })
   const alone = single.forward(call)
   const exact = plain('float64')
