@@ -18,9 +18,9 @@ from epmoe.errors import EpmoeError
 from epmoe.migrate import capsule as capsules
 
 _NO_ORIGINAL = "Install an SGLang that has it, name one in EPMOE_SGLANG, or set the mode to 'epmoe'"
-
-
-_POINTERS = 5  # of a kernel's parameters; all of them are among the first so many
+_LAST_POINTER = 4  # of a kernel's parameters
+_NO_TENSOR = ("hidden_size", "scales", "a1_scales_ptr")  # or none for certain, among those up to there
+_dtype = operator.attrgetter("dtype")
 
 
 def shape_of(args, kwargs):
@@ -219,8 +219,11 @@ class Kernel(Shim):
             self._names = tuple(parameters)
             self._defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
         if self._form is not None:
-            sizes = [at for at, name in enumerate(self._form.names) if name in ("topk", "hidden_size")]
-            self._sizes, self._last_size = operator.itemgetter(*sizes), max(sizes)
+            names = self._form.names
+            sizes = [at for at, name in enumerate(names) if name in ("topk", "hidden_size")]
+            tensors = [at for at, name in enumerate(names[: _LAST_POINTER + 1]) if name not in _NO_TENSOR]
+            self._sizes, self._tensors = operator.itemgetter(*sizes), operator.itemgetter(*tensors)
+            self._last_size = max(_LAST_POINTER, *sizes)
 
     def __getitem__(self, grid):
         return functools.partial(self._launch, grid)
@@ -260,10 +263,13 @@ class Kernel(Shim):
         """A kernel sees the grid, the sizes and the dtypes of a launch, and no shapes. Generations share a control."""
         if len(args) <= self._last_size:
             return shape_of(args, kwargs)
-        dtypes = [getattr(each, "dtype", type(each)) for each in args[:_POINTERS]]
         if type(grid) is not tuple:
             grid = getattr(args[0], "shape", None), getattr(args[1], "shape", None)
-        return self._form.generation, grid, self._sizes(args), tuple(dtypes)
+        try:
+            dtypes = tuple(map(_dtype, self._tensors(args)))
+        except AttributeError:  # no tensors: what the kernel makes of them is not for the shim to say
+            return shape_of(args, kwargs)
+        return self._form.generation, grid, self._sizes(args), type(args[_LAST_POINTER]), dtypes
 
     def _describe(self, grid, args, kwargs):
         names, form = self._names, self._form
