@@ -1,5 +1,6 @@
 import type { Device } from './device.js'
 import { describeValue, EpmoeError } from './errors.js'
+import { tellSoon } from './external.js'
 import { attachedBridge } from './foreign.js'
 import { native } from './native.js'
 import { enterScope, leaveScope } from './scope.js'
@@ -73,7 +74,7 @@ export class Graph implements Disposable {
   dispose(): void {
     if (this.#number === 0) return
     graphs.unregister(this)
-    native().graph.forget(this.#number)
+    forget(this.#number)
     this.#number = 0
     leaveScope(this)
   }
@@ -107,4 +108,9 @@ function refusingAllocations(stream: Stream, body: () => unknown): () => unknown
   }
 }
 
-const graphs = new FinalizationRegistry<number>((number) => native().graph.forget(number))
+const graphs = new FinalizationRegistry<number>(forget)
+
+function forget(number: number): void {
+  native().graph.forget(number)
+  tellSoon() // the memory of tensors that only the graph still held
+}

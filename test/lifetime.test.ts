@@ -1,12 +1,11 @@
-import { spawnSync } from 'node:child_process'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { fileURLToPath } from 'node:url'
 import { setFlagsFromString } from 'node:v8'
 import { runInNewContext } from 'node:vm'
 import test from 'ava'
 import { EpmoeError, type PyRef, postReorder, scope, stats, Tensor } from 'epmoe'
 import { validCall } from './helpers/call.js'
 import { testDevices } from './helpers/devices.js'
+import { run } from './helpers/embedded.js'
 import { evaluate, python, torch, valueOf } from './helpers/python.js'
 
 // Counters are the process's: one test at a time.
@@ -150,19 +149,10 @@ inTurn('a call on a tensor disposed by a getter of its own arguments is refused'
   t.is(t.throws(() => postReorder(sly), { instanceOf: EpmoeError })?.code, 'ERR_DISPOSED')
 })
 
-/** The number that a program prints in a process of its own. */
-function printedBy(program: string): number {
-  const cwd = fileURLToPath(new URL('..', import.meta.url))
-  const args = ['--conditions=epmoe-source', '--import=tsx', '--input-type=module', '--eval', program]
-  const result = spawnSync(process.execPath, args, { cwd, encoding: 'utf8' })
-  if (result.status !== 0) throw new Error(result.stderr)
-  return Number(result.stdout)
-}
-
 /** Peak resident memory, in MB, of a process that makes 60 tensors of 64 MB each, letting go of them as `body` says. */
 function peak(body: string): number {
-  const program = `
-    import { scope, startPython, stats } from 'epmoe'
+  return run(`
+    import { scope } from 'epmoe'
     const torch = startPython().import('torch')
     let peak = 0
     for (let i = 0; i < 60; i++) {
@@ -170,8 +160,7 @@ function peak(body: string): number {
       peak = Math.max(peak, process.memoryUsage.rss())
       await new Promise((resolve) => setImmediate(resolve))
     }
-    console.log(JSON.stringify(Math.round(peak / 1e6)))`
-  return printedBy(program)
+    console.log(JSON.stringify(Math.round(peak / 1e6)))`) as number
 }
 
 inTurn('a long loop of synchronous calls needs no turn of the event loop to give its memory back', (t) => {
@@ -189,9 +178,9 @@ inTurn('a long loop of synchronous calls needs no turn of the event loop to give
 
 /** How often V8 collects everything in a process that makes tensors of 128 MB in `body`, 100 times. */
 function collections(body: string): number {
-  const program = `
+  return run(`
     import { constants, PerformanceObserver } from 'node:perf_hooks'
-    import { scope, startPython, Tensor } from 'epmoe'
+    import { scope, Tensor } from 'epmoe'
     const torch = startPython().import('torch')
     const turn = () => new Promise((resolve) => setImmediate(resolve))
     const seen = []
@@ -200,8 +189,7 @@ function collections(body: string): number {
     observer.observe({ entryTypes: ['gc'] })
     for (let i = 0; i < 100; i++) { ${body} }
     for (let i = 0; i < 3; i++) await turn()
-    console.log(seen.filter(({ detail }) => detail.kind === constants.NODE_PERFORMANCE_GC_MAJOR).length)`
-  return printedBy(program)
+    console.log(seen.filter(({ detail }) => detail.kind === constants.NODE_PERFORMANCE_GC_MAJOR).length)`) as number
 }
 
 inTurn('what comes and goes within a turn of the event loop has V8 collect nothing', (t) => {

@@ -6,6 +6,8 @@ and the same kernels order, pack and sum them: ``preprocess`` over destinations,
 Tokens travel in chunks, so that one chunk is under way while the experts work on another.
 """
 
+import itertools
+
 import torch
 
 __all__ = ["Route"]
@@ -65,9 +67,7 @@ class Exchange:
         received, sent = group.agree(rows)
         group.must_be_same("topk_ids", "slots a token", [row[1] for row in received])
         self._sent, self._received = ([list(part) for part in zip(*each, strict=True)][2:] for each in (sent, received))
-        self._ends = [0]
-        for sent in self._sent:
-            self._ends.append(self._ends[-1] + sum(sent))
+        self._ends = [0, *itertools.accumulate(map(sum, self._sent))]
         return self._ends[-1]
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ export interface ExpertParallelOptions extends Omit<MoeLayerOptions, 'startExper
   scheme: 'all-reduce' | 'all-to-all'
   /**
    * Parts that the tokens of a call are cut into, so that one is under way while another is computed. The same on every
-   * rank. More than one, the default, pays where a part's communication takes longer than starting its kernels does.
+   * rank. Default 1: more pay where a part's communication takes longer than starting its kernels does.
    */
   chunks?: number | undefined
   /**

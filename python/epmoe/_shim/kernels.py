@@ -19,7 +19,7 @@ from epmoe.migrate import capsule as capsules
 
 _NO_ORIGINAL = "Install an SGLang that has it, name one in EPMOE_SGLANG, or set the mode to 'epmoe'"
 _LAST_POINTER = 4  # of a kernel's parameters
-_NO_TENSOR = ("hidden_size", "scales", "a1_scales_ptr")  # or none for certain, among those up to there
+_NO_TENSOR = ("hidden_size", "scales", "a1_scales_ptr")  # of those up to there; scales may also be absent
 _dtype = operator.attrgetter("dtype")
 
 
@@ -212,7 +212,7 @@ class Kernel(Shim):
         super().__init__(name, original)
         self._form = self._names = None
         self._defaults = {}
-        self._last_size = math.inf
+        self._last_read = math.inf
         if original is not None:
             self._form = form_of(original, name)
             parameters = inspect.signature(getattr(original, "fn", original)).parameters
@@ -223,7 +223,7 @@ class Kernel(Shim):
             sizes = [at for at, name in enumerate(names) if name in ("topk", "hidden_size")]
             tensors = [at for at, name in enumerate(names[: _LAST_POINTER + 1]) if name not in _NO_TENSOR]
             self._sizes, self._tensors = operator.itemgetter(*sizes), operator.itemgetter(*tensors)
-            self._last_size = max(_LAST_POINTER, *sizes)
+            self._last_read = max(_LAST_POINTER, *sizes)
 
     def __getitem__(self, grid):
         return functools.partial(self._launch, grid)
@@ -261,7 +261,7 @@ class Kernel(Shim):
 
     def _shape(self, grid, args, kwargs):
         """A kernel sees the grid, the sizes and the dtypes of a launch, and no shapes. Generations share a control."""
-        if len(args) <= self._last_size:
+        if len(args) <= self._last_read:
             return shape_of(args, kwargs)
         if type(grid) is not tuple:
             grid = getattr(args[0], "shape", None), getattr(args[1], "shape", None)
