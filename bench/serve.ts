@@ -3,7 +3,7 @@
 // npm run bench -- serve soak [requests] [--seconds N]: whether memory stays flat over so many requests in changing modes,
 // and whether each has an outcome.
 // Options of both: --device cpu | cuda:0 (default: the first GPU), --size small | large (default: large on a GPU, small for
-// soak), --layers N of a large model (default 4).
+// soak), --layers N of a large model (default 4), --cuda-graph-tokens N (default: as many as slots; 0 for no graphs).
 import { parseArgs } from 'node:util'
 import { type Device, devices, startPython, stats } from 'epmoe'
 import { MoeLayer } from '../src/moe-layer.js'
@@ -37,6 +37,7 @@ export default async function bench(): Promise<void> {
       device: { type: 'string', default: devices()[1] ?? 'cpu' },
       size: { type: 'string' },
       layers: { type: 'string', default: '4' },
+      'cuda-graph-tokens': { type: 'string' },
       seconds: { type: 'string' },
     },
   })
@@ -46,7 +47,9 @@ export default async function bench(): Promise<void> {
   const dtype = device === 'cpu' ? 'float32' : 'bfloat16'
   const before = memoryOf(device)
   const options = size === 'large' ? large(Number(values.layers)) : small
-  const server = await serve({ port: 0, queue: 1000, device, dtype, ...options })
+  const graphs = values['cuda-graph-tokens']
+  const cudaGraphTokens = graphs === undefined ? undefined : Number(graphs)
+  const server = await serve({ port: 0, queue: 1000, device, dtype, cudaGraphTokens, ...options })
   const { architecture, parameters, layers } = server.model.facts
   console.log(`${architecture}, ${(parameters / 1e6).toFixed(1)} M parameters, ${layers} blocks, ${dtype} on ${device}`)
   try {

@@ -1,6 +1,7 @@
-import { EpmoeError } from './errors.js'
+import { describeValue, EpmoeError } from './errors.js'
 import { geluAndMul, postReorder, preprocess, preReorder, siluAndMul } from './generated/ops.js'
 import { Axes, oneOf, onlyKnown } from './moe/check.js'
+import { LayerGraphs } from './moe/graphs.js'
 import { kw } from './python/encode.js'
 import type { PyRef } from './python/ref.js'
 import { startPython } from './python/start.js'
@@ -28,6 +29,13 @@ export interface MoeLayerOptions {
   routedScalingFactor?: number | undefined
   /** As the ops take it: `fp32` (default), or `triton` for the original kernels' roundings. */
   numerics?: 'fp32' | 'triton' | undefined
+  /**
+   * On CUDA, calls of at most so many tokens are captured in a CUDA graph the first time, which takes some milliseconds,
+   * and replayed from then on: a copy of the arguments and a launch instead of a dozen launches. Numbers of tokens up to
+   * the next power of two share a graph. An `activation` that is a function is called while capturing only. Where matrix
+   * products have to wait (see MoeLayer.waits) and on the CPU nothing is captured. Default 0: nothing.
+   */
+  cudaGraphTokens?: number | undefined
 }
 
 /** One call's tensors, contiguous, of the weights' dtype unless said otherwise. */
@@ -59,6 +67,10 @@ export function moeLayer(options: MoeLayerOptions): MoeLayer {
 }
 
 export class MoeLayer implements Disposable {
+  /** Whether matrix products make their caller wait: on CUDA all but those of bfloat16 (python/epmoe/moe.py). */
+  readonly waits: boolean
+  /** @internal What has been captured; Python may replay it by itself. */
+  readonly graphs: LayerGraphs | undefined
   readonly #options: MoeLayerOptions
   /** E, H, I and the first GEMM's width N, with the weights' dtype and device. */
   readonly #axes: Axes
@@ -76,6 +88,8 @@ export class MoeLayer implements Disposable {
     onlyKnown(options, optionNames)
     oneOf('activation', options.activation, ['silu', 'gelu', 'swigluoai'])
     oneOf('numerics', options.numerics, ['fp32', 'triton'])
+    const { cudaGraphTokens = 0 } = options
+    if (!Number.isSafeInteger(cudaGraphTokens) || cudaGraphTokens < 0) throw notACount(cudaGraphTokens)
     this.#options = options
     this.#axes = weightAxes(options)
     const python = startPython()
@@ -86,6 +100,8 @@ export class MoeLayer implements Disposable {
     this.#localIds = module.get('local_ids')
     this.#int32 = torch.get('int32')
     this.#int64 = torch.get('int64')
+    using waits = module.method('waits', options.w13, options.w2)
+    this.waits = waits.toJS() as boolean
     const { activation } = options
     if (activation === 'swigluoai') this.#activation = module.get('swiglu_oai')
     else if (typeof activation !== 'string') this.#activation = activation
@@ -95,14 +111,16 @@ export class MoeLayer implements Disposable {
       using device = options.w13.get('device')
       this.#table = module.method('expert_table', start, local, total, device)
     }
+    if (cudaGraphTokens > 0 && !this.waits) {
+      const { w13, w2, w13Bias, w2Bias } = options
+      this.graphs = new LayerGraphs(cudaGraphTokens, [w13, w2, w13Bias, w2Bias, this.#table])
+    }
   }
 
   /** Returns output, or the tensor allocated for it. */
   forward(args: MoeForwardArguments): PyRef {
-    const steps = this.steps(args)
-    let step = steps.next()
-    while (!step.done) step = steps.next(this.#groupedGemm.call(...step.value))
-    return step.value
+    const axes = this.check(args)
+    return this.#replayed(args) ?? this.#launched(args, axes)
   }
 
   /**
@@ -110,7 +128,10 @@ export class MoeLayer implements Disposable {
    * GPU in other dtypes than bfloat16. The event loop goes on meanwhile; the arguments must stay as they are until then.
    */
   async forwardAsync(args: MoeForwardArguments): Promise<PyRef> {
-    const steps = this.steps(args)
+    const axes = this.check(args)
+    const replayed = this.#replayed(args)
+    if (replayed !== undefined) return replayed
+    const steps = this.#steps(args, axes)
     let step = steps.next()
     while (!step.done) {
       const product: Promise<PyRef> = this.#groupedGemm.callAsync(...step.value)
@@ -127,7 +148,10 @@ export class MoeLayer implements Disposable {
    * each, is given its result, which it disposes, and returns the output.
    */
   *steps(args: MoeForwardArguments): Generator<unknown[], PyRef, PyRef> {
-    const axes = this.check(args)
+    return yield* this.#steps(args, this.check(args))
+  }
+
+  *#steps(args: MoeForwardArguments, axes: Axes): Generator<unknown[], PyRef, PyRef> {
     const { hiddenStates, topkIds, topkWeights, sharedOutput, residual } = args
     const output = args.output ?? hiddenStates.method('new_empty', [axes.size('T'), axes.size('H')])
     const slots = axes.size('T') * axes.size('K')
@@ -151,6 +175,7 @@ export class MoeLayer implements Disposable {
 
   /** Lets go of what the layer made; the weights stay the caller's. */
   dispose(): void {
+    this.graphs?.dispose()
     const own = [this.#groupedGemm, this.#endsOf, this.#localIds, this.#table, this.#int32, this.#int64]
     for (const ref of own) ref?.dispose()
     if (this.#options.activation === 'swigluoai') (this.#activation as PyRef).dispose()
@@ -158,6 +183,17 @@ export class MoeLayer implements Disposable {
 
   [Symbol.dispose](): void {
     this.dispose()
+  }
+
+  #replayed(args: MoeForwardArguments): PyRef | undefined {
+    return this.graphs?.forward(args, (given) => this.#launched(given, this.check(given)))
+  }
+
+  #launched(args: MoeForwardArguments, axes: Axes): PyRef {
+    const steps = this.#steps(args, axes)
+    let step = steps.next()
+    while (!step.done) step = steps.next(this.#groupedGemm.call(...step.value))
+    return step.value
   }
 
   #activate(gateupOutput: PyRef, reorderTopkIds: PyRef, slots: number): PyRef {
@@ -219,6 +255,16 @@ function expertRange(options: MoeLayerOptions, local: number): { start: number; 
   })
 }
 
+function notACount(received: number): EpmoeError {
+  return new EpmoeError({
+    code: 'ERR_VALUE',
+    op: 'moeLayer',
+    argument: 'cudaGraphTokens',
+    expected: 'a number of tokens, 0 for no graphs',
+    received: describeValue(received),
+  })
+}
+
 const optionNames = [
   'w13',
   'w2',
@@ -229,6 +275,7 @@ const optionNames = [
   'activation',
   'routedScalingFactor',
   'numerics',
+  'cudaGraphTokens',
 ] satisfies (keyof MoeLayerOptions)[]
 
 const argumentNames = [

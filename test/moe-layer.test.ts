@@ -229,6 +229,7 @@ test('what is wrong with the weights is named', (t) => {
   wrong({ bias: x('w2_bias') }, 'bias', 'ERR_UNEXPECTED_ARGUMENT')
   wrong({ activation: 'relu' }, 'activation', 'ERR_VALUE')
   wrong({ numerics: 'exact' }, 'numerics', 'ERR_VALUE')
+  for (const count of [-1, 0.5, Number.NaN, '8']) wrong({ cudaGraphTokens: count }, 'cudaGraphTokens', 'ERR_VALUE')
   t.throws(() => moeLayer(undefined as never), { code: 'ERR_MISSING_ARGUMENT' })
 })
 
@@ -258,8 +259,145 @@ test('what is wrong with a call is named', (t) => {
   if (gpu !== undefined) wrong({ topkIds: evaluate('x.cuda()', { x: x('ids') }) }, 'topkIds', 'ERR_DEVICE')
 })
 
+test('where products wait, graphs may be asked for and are not made', (t) => {
+  for (const case_ of [usual, ...(gpu === undefined ? [] : [{ ...usual, dtype: 'float32' as const, device: gpu }])]) {
+    const x = tensors(case_)
+    const call = { hiddenStates: x('hidden'), topkIds: x('ids'), topkWeights: x('weights') }
+    let activations = 0
+    const activation = (rows: PyRef) => {
+      activations++
+      return evaluate('torch.nn.functional.silu(x[:, :64]) * x[:, 64:]', { x: rows })
+    }
+    const layer = moeLayer({ ...optionsOf(case_, x), activation, cudaGraphTokens: 64 })
+    t.true(layer.waits)
+    for (let i = 0; i < 3; i++) layer.forward(call).dispose()
+    t.is(activations, 3)
+  }
+})
+
 if (gpu !== undefined) {
   const device = gpu
+  for (const [start, local, variant] of [
+    [0, 8, {}],
+    [4, 4, { biases: true }],
+    [0, 8, { added: true, ids: 'int32' }],
+    [2, 3, { activation: 'swigluoai', biases: true, numerics: 'triton', added: true }],
+  ] as [number, number, Partial<Case>][]) {
+    const told = Object.entries(variant).map(([key, value]) => `${key} ${value}`)
+    test(`few tokens are replayed as a graph: experts from ${start} on, ${told.join(', ') || 'silu'}`, (t) => {
+      const case_: Case = { ...usual, device, ...variant }
+      const x = tensors(case_)
+      const options = optionsOf(case_, x, start, local)
+      const layer = moeLayer({ ...options, cudaGraphTokens: 24 })
+      const plain = moeLayer(options)
+      t.false(layer.waits)
+      // Fewer than before, sizes that share a graph, the most that there is one for, and more; inputs that change.
+      for (const [round, count] of [1, 5, 8, 3, 24, 17, 2, 0, 25, 7, 24].entries()) {
+        const rows = (name: string) =>
+          evaluate(
+            'x[r : r + n] if name != "ids" else torch.where(torch.rand(n, 4, device=x.device) < 0.8, x[:n], -1)',
+            {
+              x: x(name),
+              name,
+              r: round,
+              n: count,
+            },
+          )
+        const [hiddenStates, topkIds, topkWeights] = ['hidden', 'ids', 'weights'].map(rows) as [PyRef, PyRef, PyRef]
+        const added = case_.added ? { sharedOutput: rows('shared'), residual: rows('residual') } : {}
+        const call = {
+          hiddenStates,
+          topkIds: evaluate('x.to(y.dtype)', { x: topkIds, y: x('ids') }),
+          topkWeights,
+          ...added,
+        }
+        const expected = plain.forward(call)
+        const result = layer.forward(call)
+        t.true(valueOf('torch.equal(a, b)', { a: result, b: expected }), `${count} tokens`)
+        const output = evaluate('torch.full_like(x, float("nan"))', { x: hiddenStates })
+        t.is(layer.forward({ ...call, output }).address, output.address)
+        t.true(valueOf('torch.equal(a, b)', { a: output, b: expected }), `${count} tokens into an output`)
+        t.true(valueOf('torch.equal(a, b)', { a: result, b: expected }), 'what was returned stays as it was')
+      }
+    })
+  }
+
+  test('an activation is called while capturing only; one that waits is told of, and harms nothing', (t) => {
+    const case_: Case = { ...usual, device }
+    const x = tensors(case_)
+    const rows = (count: number) => {
+      const part = (name: string) => evaluate('x[:n]', { x: x(name), n: count })
+      return { hiddenStates: part('hidden'), topkIds: part('ids'), topkWeights: part('weights') }
+    }
+    const silu = 'torch.nn.functional.silu(x[:, :64]) * x[:, 64:]'
+    const expected = moeLayer({ ...optionsOf(case_, x), activation: (y) => evaluate(silu, { x: y }) }).forward(rows(4))
+    let [calls, waits] = [0, true]
+    const activation = (y: PyRef) => {
+      calls++
+      return evaluate(waits ? `(x.isnan().any().item(), ${silu})[1]` : silu, { x: y })
+    }
+    const layer = moeLayer({ ...optionsOf(case_, x), activation, cudaGraphTokens: 8 })
+    for (let i = 0; i < 2; i++) {
+      t.like(
+        t.throws(() => layer.forward(rows(4))),
+        { code: 'ERR_CAPTURE', argument: 'cudaGraphTokens' },
+      )
+    }
+    waits = false
+    calls = 0
+    for (let i = 0; i < 3; i++) t.true(valueOf('torch.equal(a, b)', { a: layer.forward(rows(4)), b: expected }))
+    t.is(calls, 2, 'once to load kernels and once captured')
+    layer.forward(rows(3)).dispose()
+    t.is(calls, 2)
+    layer.forward(rows(9)).dispose()
+    t.is(calls, 3)
+  })
+
+  test('layers with graphs on several streams, inside another graph, and disposed in turn', (t) => {
+    const case_: Case = { ...usual, device, tokens: 8 }
+    const x = tensors(case_)
+    const call = { hiddenStates: x('hidden'), topkIds: x('ids'), topkWeights: x('weights') }
+    const expected = moeLayer(optionsOf(case_, x)).forward(call)
+    const equal = (output: PyRef) => valueOf('torch.equal(a, b)', { a: output, b: expected })
+    for (let generation = 0; generation < 3; generation++) {
+      const layers = [0, 1, 2].map(() => moeLayer({ ...optionsOf(case_, x), cudaGraphTokens: 8 }))
+      for (let round = 0; round < 20; round++) {
+        using stream = evaluate('torch.cuda.Stream()')
+        const outputs: PyRef[] = []
+        evaluate('s.wait_stream(torch.cuda.current_stream())', { s: stream }).dispose()
+        using context = torch.get('cuda').method('stream', stream)
+        context.with(() => outputs.push(...layers.map((layer) => layer.forward(call))))
+        evaluate('torch.cuda.current_stream().wait_stream(s)', { s: stream }).dispose()
+        outputs.push(...layers.map((layer) => layer.forward(call)))
+        for (const output of outputs) t.true(equal(output))
+      }
+      const graph = torch.get('cuda').method('CUDAGraph')
+      using capture = torch.get('cuda').method('graph', graph)
+      const outputs: PyRef[] = []
+      capture.with(() => outputs.push(layers[0]!.forward(call)))
+      for (const layer of layers) layer.dispose()
+      graph.method('replay').dispose()
+      t.true(equal(outputs[0]!))
+    }
+  })
+
+  test('an id that the model does not have is reported by a replay as by a launch', (t) => {
+    const case_: Case = { ...usual, device, tokens: 8 }
+    const x = tensors(case_)
+    const layer = moeLayer({ ...optionsOf(case_, x), cudaGraphTokens: 8 })
+    const call = (topkIds: PyRef) => {
+      const output = layer.forward({ hiddenStates: x('hidden'), topkIds, topkWeights: x('weights') })
+      Stream.torchCurrent(device).synchronizeSync()
+      return output
+    }
+    const expected = call(x('ids'))
+    for (const wrong of [8, -2]) {
+      const topkIds = evaluate('(y := x.clone(), y[3, 1].fill_(w))[0]', { x: x('ids'), w: wrong })
+      t.throws(() => call(topkIds), { code: 'ERR_INDEX_OUT_OF_RANGE' })
+      t.true(valueOf('torch.equal(a, b)', { a: call(x('ids')), b: expected }))
+    }
+  })
+
   for (const [start, local] of [
     [0, 8],
     [4, 4],

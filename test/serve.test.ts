@@ -9,7 +9,7 @@ import type { KernelMode } from '../src/serve/model.js'
 import type { Server } from '../src/serve/server.js'
 import { StopFilter } from '../src/serve/stop.js'
 import { allowedError, allowedOverSamples, reference } from './helpers/golden.js'
-import { python, valueOf } from './helpers/python.js'
+import { python, torchGpu, valueOf } from './helpers/python.js'
 import { complete, helpers, metric, post, start, until, whyNot } from './helpers/serve.js'
 
 const reason = whyNot()
@@ -209,6 +209,28 @@ for (const model of models) {
     t.true(errorRatio <= allowedError(1, [], elements), `${errorRatio} in ${elements} elements`)
     t.is(await metric(server, 'epmoe_shadow_blocks_total{result="close"}'), close)
     t.is(await metric(server, 'epmoe_shadow_error_ratio'), errorRatio)
+  })
+}
+
+if (torchGpu !== undefined) {
+  test('on a GPU, blocks of few tokens are launched without asking Node, once they are captured', async (t) => {
+    const told = async (cudaGraphTokens: number) => {
+      const server = await served(t, { dtype: 'bfloat16', slots: 4, cudaGraphTokens })
+      const asked = helpers().method('Asked', server.model.engine)
+      const count = () => asked.get('count').toJS() as number
+      const { layers } = server.model.facts
+      const first = await complete(server, 'Hi', { max_tokens: 12 })
+      // Two tokens, then one at a time.
+      t.is(count(), (cudaGraphTokens === 0 ? 12 : 2) * layers)
+      const passes = server.metrics.totals.passes
+      const again = await Promise.all([1, 2, 3].map(() => complete(server, 'Hi', { max_tokens: 12 })))
+      // Three at once may come to 3 to 6 tokens: one graph more, and passes of more than 4.
+      const asks = count() / layers - (cudaGraphTokens === 0 ? 12 : 2)
+      t.true(cudaGraphTokens === 0 ? asks === server.metrics.totals.passes - passes : asks <= 3, `${asks}`)
+      return [first, ...again].map(({ choices }) => choices[0]?.text)
+    }
+    const texts = new Set([...(await told(4)), ...(await told(0))])
+    t.is(texts.size, 1, [...texts].join(' | '))
   })
 }
 

@@ -10,7 +10,7 @@ import itertools
 import torch
 from torch.nn import functional
 
-__all__ = ["ends_of", "expert_table", "grouped_gemm", "local_ids", "swiglu_oai"]
+__all__ = ["ends_of", "expert_table", "grouped_gemm", "local_ids", "swiglu_oai", "waits"]
 
 
 def ends_of(seg_indptr):
@@ -35,6 +35,13 @@ def grouped_gemm(rows, weights, ends, bias=None):
     # On CUDA, grouped_mm pads rows that are no multiple of 16 bytes.
     out = functional.grouped_mm(rows, weights.transpose(1, 2), offs=ends).contiguous()
     return out if bias is None else out.add_(bias[_expert_of_rows(rows.shape[0], ends)])
+
+
+def waits(w13, w2):
+    """Whether :func:`grouped_gemm` makes the caller of such a layer wait, for the GPU or as the CPU's own work."""
+    return not w13.is_cuda or not all(
+        _has_grouped_mm(weights.new_empty(1, weights.shape[2]), weights) for weights in (w13, w2)
+    )
 
 
 def _has_grouped_mm(rows, weights):

@@ -226,6 +226,7 @@ const optionNames = [
   'activation',
   'routedScalingFactor',
   'numerics',
+  'cudaGraphTokens',
   'group',
   'scheme',
   'chunks',

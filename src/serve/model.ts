@@ -25,6 +25,8 @@ export interface ModelOptions {
   context?: number | undefined
   /** The arithmetic of epmoe's ops. Default `fp32`. */
   numerics?: 'fp32' | 'triton' | undefined
+  /** On CUDA, the most tokens of a pass whose blocks are replayed as CUDA graphs. Default: as many as there are slots. */
+  cudaGraphTokens?: number | undefined
   /** Default `epmoe`. */
   mode?: KernelMode | undefined
   /** In shadow mode, one of so many forward passes is compared. Default 1. */
@@ -107,8 +109,9 @@ export interface Message {
 }
 
 /**
- * A model of transformers in this process. Its forward passes run on Python's executor thread; where they come to a
- * mixture-of-experts block, they rest, and the block is computed from here by `moeLayer`.
+ * A model of transformers in this process. Its forward passes run on a thread of Python's; where they come to a
+ * mixture-of-experts block, they rest, and the block is computed from here by `moeLayer`. What that has captured in a
+ * CUDA graph, they replay without a rest.
  */
 export class ServedModel {
   readonly facts: ModelFacts
@@ -132,7 +135,13 @@ export class ServedModel {
     this.#shadowEvery = options.shadowEvery ?? 1
     this.#weights = []
     using described = engine.method('layers')
-    this.#layers = [...described].map((each) => this.#layer(each, options.numerics))
+    this.#layers = [...described].map((each) => this.#layer(each, options))
+    engine
+      .method(
+        'replay_with',
+        this.#layers.map((layer) => layer.graphs?.ref),
+      )
+      .dispose()
     this.#unlisten = startPython().listen(() => this.#rung())
   }
 
@@ -196,12 +205,11 @@ export class ServedModel {
     using hiddenStates = request.item(1)
     using topkIds = request.item(2)
     using topkWeights = request.item(3)
-    const [index, waits] = what.toJS() as [number, boolean]
-    const experts = this.#layers[index]!
+    const experts = this.#layers[what.toJS() as number]!
     const args = { hiddenStates, topkIds, topkWeights }
     // A product that waits is the pass's own work: here it would hold up the event loop, and on any third thread torch
     // would start as many threads again.
-    const steps = waits ? experts.steps(args) : undefined
+    const steps = experts.waits ? experts.steps(args) : undefined
     try {
       for (let product: PyRef | undefined; ; ) {
         let answer: PyRef | unknown[]
@@ -224,7 +232,7 @@ export class ServedModel {
     }
   }
 
-  #layer(described: PyRef, numerics: 'fp32' | 'triton' | undefined): MoeLayer {
+  #layer(described: PyRef, { numerics, cudaGraphTokens = this.slots }: ModelOptions): MoeLayer {
     using layer = described
     const part = (name: string): PyRef | undefined => {
       using there = layer.method('__contains__', name)
@@ -235,7 +243,7 @@ export class ServedModel {
     }
     const [w13, w2] = [part('w13')!, part('w2')!]
     const [w13Bias, w2Bias, activation] = [part('w13_bias'), part('w2_bias'), part('activation')]
-    return moeLayer({ w13, w2, w13Bias, w2Bias, activation, numerics })
+    return moeLayer({ w13, w2, w13Bias, w2Bias, activation, numerics, cudaGraphTokens })
   }
 
   /** Lets go of the model. No pass may be under way. */

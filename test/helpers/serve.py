@@ -57,6 +57,19 @@ def without(engine, text):
     engine.encode = failing
 
 
+class Asked:
+    """Counts the blocks that forward passes hand to Node."""
+
+    def __init__(self, engine):
+        self.count = 0
+        self._ask = engine.experts._ask
+        engine.experts._ask = self
+
+    def __call__(self, request):
+        self.count += 1
+        return self._ask(request)
+
+
 class Logits:
     """Keeps the logits of every pass, and the experts that its routers chose."""
 

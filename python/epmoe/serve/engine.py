@@ -63,6 +63,10 @@ class Engine:
     def layers(self):
         return [models.layer_of(module) for module in self.modules]
 
+    def replay_with(self, graphs):
+        """``graphs`` are each layer's :class:`epmoe.layer_graphs.LayerGraphs`, or None."""
+        self.experts.graphs = graphs
+
     def encode(self, request):
         """Token ids of a text, or of messages; JSON to JSON."""
         request = json.loads(request)
@@ -94,7 +98,7 @@ class Engine:
 
     def close(self):
         self.handoff.close()
-        self.cache = self.model = self.modules = None
+        self.cache = self.model = self.modules = self.experts = None
 
     def _pass(self, plan):
         self.experts.begin(plan["mode"], plan["compared"])

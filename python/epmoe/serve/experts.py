@@ -15,16 +15,17 @@ WORSE = 2.0
 class Experts:
     """Takes the place of the forward function of a model's expert modules.
 
-    In mode ``epmoe``, and in ``shadow`` for passes that are compared, ``ask(((layer, waits), hidden, ids, weights))``
-    gives the result. ``waits`` is whether grouped GEMMs make their caller wait: then they are done here, by the threads
-    that torch has for the model, and what ``ask`` gives is a GEMM's arguments, a list, for as long as there are any.
-    In ``shadow`` the original's is what is served.
+    In mode ``epmoe``, and in ``shadow`` for passes that are compared, ``ask((layer, hidden, ids, weights))`` gives the
+    result, unless the layer's ``graphs`` have it captured: then nobody is asked. Matrix products that make their caller
+    wait are done here, by the threads that torch has for the model: then what ``ask`` gives is a product's arguments, a
+    list, for as long as there are any. In ``shadow`` the original's is what is served.
     """
 
     def __init__(self, modules, ask):
         self._ask, self._product = ask, moe.grouped_gemm
         self.mode = "original"
         self.compared = False
+        self.graphs = [None] * len(modules)
         self._reset()
         for layer, module in enumerate(modules):
             original = module.forward
@@ -49,19 +50,21 @@ class Experts:
     def _forward(self, layer, module, original, hidden, ids, weights):
         begin = mark(hidden.device)
         if self.mode == "epmoe":
-            out = self._asked(layer, module, hidden, ids, weights)
+            out = self._asked(layer, hidden, ids, weights)
         else:
             out = original(hidden, ids, weights)
             if self.mode == "shadow" and self.compared:
-                other = self._asked(layer, module, hidden, ids, weights)
+                other = self._asked(layer, hidden, ids, weights)
                 self._compare(module, hidden, ids, weights, out, other)
         self._spans.append((begin, mark(hidden.device)))
         return out
 
-    def _asked(self, layer, module, hidden, ids, weights):
-        first = module.gate_up_proj
-        waits = not (first.is_cuda and moe._has_grouped_mm(first[0], first))
-        answer = self._ask(((layer, waits), hidden.contiguous(), ids.contiguous(), weights.contiguous()))
+    def _asked(self, layer, hidden, ids, weights):
+        given = hidden.contiguous(), ids.contiguous(), weights.contiguous()
+        graphs = self.graphs[layer]
+        answer = None if graphs is None else graphs.replay(None, *given, None, None)
+        if answer is None:
+            answer = self._ask((layer, *given))
         while isinstance(answer, list):
             answer = self._ask(self._product(*answer))
         return answer

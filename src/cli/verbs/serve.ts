@@ -10,6 +10,7 @@ interface Options {
   port: number
   mode: KernelMode
   numerics: 'fp32' | 'triton'
+  cudaGraphTokens?: number
   device?: string
   dtype?: string
   seed: number
@@ -47,6 +48,11 @@ const verb: Verb = {
         'arithmetic of epmoe: fp32 or triton',
         oneOf('--numerics', ['fp32', 'triton']),
         'fp32',
+      )
+      .option(
+        '--cuda-graph-tokens <count>',
+        'on CUDA, replay blocks of passes with at most so many tokens; default: as many as slots',
+        whole('--cuda-graph-tokens', 0),
       )
       .option('--device <name>', 'cpu, cuda:0, …; default: the first GPU, or cpu')
       .option(
