@@ -1,6 +1,6 @@
 import { devices } from '../device.js'
 import { EpmoeError } from '../errors.js'
-import { type MoeLayer, moeLayer } from '../moe-layer.js'
+import { type MoeForwardArguments, type MoeLayer, moeLayer } from '../moe-layer.js'
 import type { PyRef } from '../python/ref.js'
 import { startPython } from '../python/start.js'
 
@@ -205,18 +205,13 @@ export class ServedModel {
     using hiddenStates = request.item(1)
     using topkIds = request.item(2)
     using topkWeights = request.item(3)
-    const experts = this.#layers[what.toJS() as number]!
-    const args = { hiddenStates, topkIds, topkWeights }
-    // A product that waits is the pass's own work: here it would hold up the event loop, and on any third thread torch
-    // would start as many threads again.
-    const steps = experts.waits ? experts.steps(args) : undefined
+    const steps = this.#block(what.toJS() as number, { hiddenStates, topkIds, topkWeights })
     try {
       for (let product: PyRef | undefined; ; ) {
         let answer: PyRef | unknown[]
-        let done = true
+        let done: boolean | undefined
         try {
-          if (steps === undefined) answer = experts.forward(args)
-          else ({ value: answer, done = false } = product === undefined ? steps.next() : steps.next(product))
+          ;({ value: answer, done } = product === undefined ? steps.next() : steps.next(product))
         } catch (error) {
           // The pass ends with this error; nothing of it is left behind on Python's side.
           return await this.#next('fail', error instanceof Error ? error.message : String(error))
@@ -228,8 +223,16 @@ export class ServedModel {
         product = next
       }
     } finally {
-      steps?.return?.(undefined as never)
+      steps.return(undefined as never)
     }
+  }
+
+  /** A block's output; first, the arguments of matrix products that wait. */
+  *#block(layer: number, args: MoeForwardArguments): Generator<unknown[], PyRef, PyRef> {
+    const experts = this.#layers[layer]!
+    // A product that waits is the pass's own work: here it would hold up the event loop, and on any third thread torch
+    // would start as many threads again.
+    return experts.waits ? yield* experts.steps(args) : experts.forward(args)
   }
 
   #layer(described: PyRef, { numerics, cudaGraphTokens = this.slots }: ModelOptions): MoeLayer {
