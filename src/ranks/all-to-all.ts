@@ -74,7 +74,10 @@ export class AllToAll implements Scheme {
     const { hiddenStates, sharedOutput, residual } = args
     using sent = hiddenStates.method('new_empty', [rows, axes.size('H')])
     preReorder({ input: hiddenStates, gateupInput: sent, src2dst })
-    exchange.method('pack', sent, src2dst).dispose()
+    using choices = exchange.get('choices')
+    using chosen = choices.method('new_empty', [rows, 2 * axes.size('K')])
+    preReorder({ input: choices, gateupInput: chosen, src2dst })
+    exchange.method('pack', sent, chosen).dispose()
     exchange.method('dispatch', 0).dispose()
     for (let chunk = 0; chunk < this.#chunks; chunk++) {
       if (chunk + 1 < this.#chunks) exchange.method('dispatch', chunk + 1).dispose()
