@@ -35,6 +35,7 @@ interface Case {
   numerics: 'fp32' | 'triton'
   agreement: 'each-call' | 'none' | undefined
   reduceIn: 'float32' | 'activations' | undefined
+  cudaGraphTokens: number
 }
 
 const usual: Case = {
@@ -54,6 +55,7 @@ const usual: Case = {
   numerics: 'fp32',
   agreement: undefined,
   reduceIn: undefined,
+  cudaGraphTokens: 0,
 }
 const factor = 1.5
 
@@ -66,6 +68,7 @@ const variants: Record<string, Partial<Case>> = {
   'gpt-oss’s activation': { activation: 'swigluoai', biases: true },
   'triton numerics': { numerics: 'triton' },
   'one chunk': { chunks: 1 },
+  'as CUDA graphs': { cudaGraphTokens: 64, chunks: 3, biases: true },
   'five chunks': { chunks: 5, added: true },
   'more chunks than tokens': { chunks: 7, tokens: () => 3 },
   'a wide row': { hidden: 1000, topk: 8 },
@@ -180,8 +183,8 @@ function weightsOf({ biases }: Case, x: PyRef, a: number, b: number) {
   }
 }
 
-function settings({ activation, numerics }: Case) {
-  return { activation, numerics, routedScalingFactor: factor }
+function settings({ activation, numerics, cudaGraphTokens }: Case) {
+  return { activation, numerics, cudaGraphTokens, routedScalingFactor: factor }
 }
 
 function optionsOf(case_: Case, x: PyRef, ranks = group, part = (of: number) => of): ExpertParallelOptions {
