@@ -9,6 +9,7 @@ import { type Device, devices, startPython, stats } from 'epmoe'
 import { MoeLayer } from '../src/moe-layer.js'
 import { type KernelMode, kernelModes, type ServeOptions, type Server, serve } from '../src/serve/index.js'
 import { type Memory, memoryOf, peakFromNow } from './device-memory.js'
+import { MemoryMeter } from './memory.js'
 
 /** Blocks of the shape of Qwen3-30B-A3B, 1.2 GB each. */
 const large = (layers: number): ServeOptions => ({
@@ -49,7 +50,9 @@ export default async function bench(): Promise<void> {
   const options = size === 'large' ? large(Number(values.layers)) : small
   const graphs = values['cuda-graph-tokens']
   const cudaGraphTokens = graphs === undefined ? undefined : Number(graphs)
-  const server = await serve({ port: 0, queue: 1000, device, dtype, cudaGraphTokens, ...options })
+  // Comparing with float64 takes as long as ten passes, and is the same each time.
+  const shadowEvery = soaking ? 8 : 1
+  const server = await serve({ port: 0, queue: 1000, device, dtype, cudaGraphTokens, shadowEvery, ...options })
   const { architecture, parameters, layers } = server.model.facts
   console.log(`${architecture}, ${(parameters / 1e6).toFixed(1)} M parameters, ${layers} blocks, ${dtype} on ${device}`)
   try {
@@ -163,7 +166,9 @@ async function measured(server: Server, mode: KernelMode, load: () => Promise<un
 }
 
 async function soak(server: Server, log: MemoryLog, requests: number, seconds: number): Promise<void> {
-  const samples: (Memory & { done: number })[] = []
+  const meter = new MemoryMeter(startPython())
+  const read = () => ({ done, ...meter.read(), ...memoryOf(log.device) })
+  const samples: ReturnType<typeof read>[] = []
   let [done, left, sampled] = [0, 0, 0]
   const begin = performance.now()
   const client = async () => {
@@ -172,8 +177,8 @@ async function soak(server: Server, log: MemoryLog, requests: number, seconds: n
       if (number % 100 === 0) server.model.mode = kernelModes[(number / 100) % kernelModes.length]!
       if (performance.now() - sampled > 1000) {
         sampled = performance.now()
-        samples.push({ done, ...memoryOf(log.device) })
-        process.stderr.write(`\r${number} requests, RSS ${samples.at(-1)?.rss.toFixed(0)} MB `)
+        samples.push(read())
+        progress(`\r${number} requests, RSS ${samples.at(-1)?.rss.toFixed(0)} MB `)
       }
       // One in ten clients goes away while it is served.
       const leaving = number % 10 === 9 ? AbortSignal.timeout(5 + (number % 50)) : null
@@ -184,7 +189,8 @@ async function soak(server: Server, log: MemoryLog, requests: number, seconds: n
   const { batcher, metrics } = server
   // Who left the batch is counted when the pass ends.
   while (batcher.running + batcher.waiting > 0) await new Promise((resolve) => setTimeout(resolve, 5))
-  process.stderr.write('\n')
+  progress('\n')
+  samples.push(read())
   const { requests: outcomes, received, passes, shadow } = metrics.totals
   const sum = Object.values(outcomes).reduce((total, each) => total + each, 0)
   const time = ((performance.now() - begin) / 1000).toFixed(0)
@@ -194,13 +200,23 @@ async function soak(server: Server, log: MemoryLog, requests: number, seconds: n
   log.add(`after ${done} requests`)
   log.print()
   const warm = samples.slice(Math.floor(samples.length / 4))
-  for (const key of log.device === 'cpu' ? (['rss'] as const) : (['rss', 'allocated', 'reserved'] as const)) {
-    const slope = slopeOf(warm.map((each) => [each.done, each[key]]))
-    const ends = [warm[0]!, warm.at(-1)!].map((each) => `${each[key].toFixed(1)} MB after ${each.done}`).join(', ')
-    console.log(`${key}: ${ends}; ${(1000 * slope).toFixed(2)} MB in 1,000 requests`)
+  const [first, middle, last] = [warm[0]!, warm[Math.floor(warm.length / 2)]!, warm.at(-1)!]
+  console.log(
+    `| MB | after ${first.done} | after ${middle.done} | after ${last.done} | in 1,000 requests |\n|---|---|---|---|---|`,
+  )
+  const gpu = log.device === 'cpu' ? [] : (['allocated', 'reserved'] as const)
+  for (const key of ['rss', 'files', 'v8', 'mallocUsed', 'mallocKept', 'rest', ...gpu] as const) {
+    const slope = 1000 * slopeOf(warm.map((each) => [each.done, each[key]]))
+    const values = [first, middle, last].map((each) => each[key].toFixed(1)).join(' | ')
+    console.log(`| ${gpu.includes(key as never) ? 'CUDA ' : ''}${key} | ${values} | ${slope.toFixed(2)} |`)
   }
   console.log(`live at the end: ${JSON.stringify(stats())}`)
   if (sum !== received) process.exitCode = 1
+}
+
+/** For who watches. */
+function progress(text: string): void {
+  if (process.stderr.isTTY) process.stderr.write(text)
 }
 
 /** Of the line of least squares. */
