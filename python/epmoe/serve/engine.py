@@ -6,10 +6,9 @@ import json
 import torch
 
 from epmoe._executor import ring
-from epmoe.serve import models, sampling
+from epmoe.serve import models, sampling, slots
 from epmoe.serve.experts import Experts, elapsed, mark
 from epmoe.serve.handoff import Handoff
-from epmoe.serve.slots import Row, SlotCache
 from epmoe.serve.text import Detokenizer
 
 __all__ = ["Engine"]
@@ -32,7 +31,7 @@ class Engine:
         self.handoff = Handoff(self._context_of_passes, ring)
         self.modules = models.experts_of(self.model)
         self.experts = Experts(self.modules, self.handoff.ask)
-        self.cache = SlotCache(options["slots"], self.context)
+        self.cache = slots.SlotCache(options["slots"], self.context)
         self._texts = {}
 
     @contextlib.contextmanager
@@ -104,21 +103,22 @@ class Engine:
         self.experts.begin(plan["mode"], plan["compared"])
         rows, tokens = [], []
         for row in plan["rows"]:
-            rows.append(Row(row["slot"], row["start"], len(tokens), len(row["tokens"])))
+            rows.append(slots.Row(row["slot"], row["start"], len(tokens), len(row["tokens"])))
             tokens += row["tokens"]
         device = self.model.device
         begin = mark(device)
         positions = self.cache.begin(rows, device)
         sampled = [i for i, row in enumerate(plan["rows"]) if row.get("wish") is not None]
         last = torch.tensor([rows[i].first + rows[i].count - 1 for i in sampled], dtype=torch.int64).to(device)
-        logits = self.model(
-            input_ids=torch.tensor([tokens]).to(device),
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=last,
-            slots=self.cache,
-        ).logits[0]
+        with slots.kernels():
+            logits = self.model(
+                input_ids=torch.tensor([tokens]).to(device),
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=last,
+                slots=self.cache,
+            ).logits[0]
         wishes = [plan["rows"][i]["wish"] for i in sampled]
         chosen = sampling.sample(logits.float(), wishes) if sampled else []
         end = mark(device)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
 IMPLEMENTATION = "epmoe_slots"
@@ -42,17 +43,24 @@ class Group:
         self.length = max(row.end for row in rows)
         starts = torch.tensor([row.start for row in rows]).to(device)
         self._own = starts[:, None] + torch.arange(rows[0].count, device=device)
-        self._masks = {}
+        self._biases = {}
 
-    def mask(self, sliding_window):
-        """What each token may look at: itself and what came before it, [rows, 1, tokens, length]."""
-        if sliding_window not in self._masks:
-            other, own = torch.arange(self.length, device=self._own.device), self._own[..., None]
-            mask = other <= own
+    def bias(self, sliding_window, times, dtype):
+        """0 where a token may look, at itself and what came before it, else -inf: [rows, 1, times * tokens, length].
+
+        It serves all layers, so it is made as CUDA's kernel wants it: in the dtype of the queries, its rows at
+        multiples of 16 elements.
+        """
+        key = sliding_window, times, dtype
+        if key not in self._biases:
+            own = self._own[:, None, None, :, None]
+            other = torch.arange(-(-self.length // 16) * 16, device=own.device)
+            hidden = other > own
             if sliding_window is not None:
-                mask &= other > own - sliding_window
-            self._masks[sliding_window] = mask[:, None]
-        return self._masks[sliding_window]
+                hidden |= other <= own - sliding_window
+            bias = torch.zeros(hidden.shape, dtype=dtype, device=own.device).masked_fill_(hidden, -torch.inf)
+            self._biases[key] = bias.expand(-1, -1, times, -1, -1).flatten(2, 3)[..., : self.length]
+        return self._biases[key]
 
 
 class SlotCache:
@@ -95,6 +103,15 @@ class SlotCache:
         return tuple(store[slots, :, :length] for store in self._layers[layer])
 
 
+def kernels():
+    """The kernels that attention may use, in a ``with`` block; torch knows but one setting for all threads.
+
+    Not cuDNN's, which torch prefers on Hopper: it makes a plan of its own for each number of rows, tokens and length, for
+    tens of milliseconds, and keeps them all. A served model comes to new ones without end.
+    """
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
 def attend(module, query, key, value, attention_mask, scaling=None, sliding_window=None, slots=None, **options):
     """Attention of all rows on what the cache has of their sequences.
 
@@ -103,19 +120,19 @@ def attend(module, query, key, value, attention_mask, scaling=None, sliding_wind
     if options.get("s_aux") is not None or options.get("softcap") is not None:
         raise NotImplementedError("attention with sinks or a soft cap")
     out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
+    times = query.shape[1] // key.shape[1]
     for group in slots.groups:
-        # [rows, heads, tokens of a row, width]
-        queries = query[0, :, group.place].unflatten(1, group.shape).transpose(0, 1)
         keys, values = slots.read(module.layer_idx, group.slots, group.length)
+        # [rows, heads, tokens of a row, width]; heads that share keys stand side by side, and pass for more tokens.
+        queries = query[0, :, group.place].unflatten(1, group.shape).transpose(0, 1)
         result = functional.scaled_dot_product_attention(
-            queries,
+            queries.unflatten(1, (-1, times)).flatten(2, 3),
             keys,
             values,
-            attn_mask=group.mask(sliding_window),
+            attn_mask=group.bias(sliding_window, times, query.dtype),
             scale=scaling,
-            enable_gqa=keys.shape[1] != queries.shape[1],
         )
-        out[group.place] = result.transpose(1, 2).flatten(0, 1)
+        out[group.place] = result.unflatten(2, (times, -1)).flatten(1, 2).transpose(1, 2).flatten(0, 1)
     return out[None], None
 
 
