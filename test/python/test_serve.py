@@ -117,6 +117,19 @@ class Passes(unittest.TestCase):
         self.assertEqual(len({each["rows"][0]["logprob"] for each in told}), 3)
         served.close()
 
+    def test_attention_keeps_no_plan_for_each_length(self):
+        """cuDNN's would, on GPUs that torch prefers it on."""
+        served = engine("qwen3-moe")
+        backends, seen = torch.backends.cuda, []
+        allowed = lambda: (backends.cudnn_sdp_enabled(), backends.flash_sdp_enabled(), backends.math_sdp_enabled())
+        before = allowed()
+        served.model.register_forward_pre_hook(lambda *_: seen.append(allowed()))
+        generate(served, {0: self.prompts[1]}, 2, 1000)
+        self.assertEqual(before, (True, True, True))
+        self.assertEqual(set(seen), {(False, True, True)})
+        self.assertEqual(allowed(), before)
+        served.close()
+
     def test_a_failed_pass_leaves_nothing_behind(self):
         served = engine("qwen3-moe")
         expected = generate(served, {0: self.prompts[1]}, 8, 1000)
