@@ -106,8 +106,8 @@ class SlotCache:
 def kernels():
     """The kernels that attention may use, in a ``with`` block; torch knows but one setting for all threads.
 
-    Not cuDNN's, which torch prefers on Hopper: it makes a plan of its own for each number of rows, tokens and length, for
-    tens of milliseconds, and keeps them all. A served model comes to new ones without end.
+    Not cuDNN's, which torch prefers on Hopper: it makes a plan of its own for each number of rows, tokens and length,
+    for tens of milliseconds, and keeps them all. A served model comes to new ones without end.
     """
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
