@@ -4,6 +4,7 @@ JavaScript does what a layer does; this keeps the graphs, and the memory between
 """
 
 import contextlib
+import threading
 import weakref
 
 import torch
@@ -93,39 +94,47 @@ class _Graph:
             self._capture = stack.pop_all()
 
     def end(self, output):
-        with self._capture:
-            self._graph.capture_end()
+        self._end()
         self._output = output
 
     def abandon(self):
         try:
+            self._end()
+        except RuntimeError as error:
+            return str(error)
+
+    def _end(self):
+        try:
             with self._capture:
                 self._graph.capture_end()
-        except RuntimeError as error:
+        except RuntimeError:
             # torch goes on to give this stream memory of the pool, and lets nobody else capture into it.
             torch._C._cuda_endAllocateToPool(self._device.index, self._pool.handle)
             _pools.pop(self._device, None)
-            return str(error)
+            raise
 
     def replay(self, output, given):
         count = given[0].shape[0]
-        stream = self._pool.enter()
-        if stream not in self._streams:
-            self._streams.add(stream)
-            for mine in self.inputs:
+        with self._pool.held() as stream:
+            self._keep_for(stream)
+            for mine, theirs in zip(self.inputs, given, strict=True):
                 if mine is not None:
-                    mine.record_stream(stream)
-        for mine, theirs in zip(self.inputs, given, strict=True):
-            if mine is not None:
-                mine[:count].copy_(theirs)
-        if count < self._filled:
-            self._ids[count : self._filled].fill_(-1)
-        self._filled = count
-        self._graph.replay()
-        result = self._output[:count]
-        result = result.clone() if output is None else output.copy_(result)
-        self._pool.leave()
-        return result
+                    mine[:count].copy_(theirs)
+            if count < self._filled:
+                self._ids[count : self._filled].fill_(-1)
+            self._filled = count
+            self._graph.replay()
+            result = self._output[:count]
+            return result.clone() if output is None else output.copy_(result)
+
+    def _keep_for(self, stream):
+        """Has torch give the inputs' memory to nobody before the stream is done with it."""
+        if stream in self._streams:
+            return
+        self._streams.add(stream)
+        for each in self.inputs:
+            if each is not None:
+                each.record_stream(stream)
 
 
 class _Pool:
@@ -133,19 +142,20 @@ class _Pool:
 
     def __init__(self):
         self.handle = torch.cuda.graph_pool_handle()
+        self._lock = threading.Lock()
         self._stream = None
         self._done = torch.cuda.Event()
 
-    def enter(self):
-        """Has the current stream wait for what another one does with this memory."""
+    @contextlib.contextmanager
+    def held(self):
+        """For one replay on the current stream, which waits for what another one does with this memory."""
         stream = torch.cuda.current_stream()
-        if stream != self._stream:
-            self._done.wait(stream)
-            self._stream = stream
-        return stream
-
-    def leave(self):
-        self._done.record(self._stream)
+        with self._lock:
+            if stream != self._stream:
+                self._done.wait(stream)
+                self._stream = stream
+            yield stream
+            self._done.record(stream)
 
 
 # torch gives a pool up with its last graph, and its handle is of no use then.

@@ -19,9 +19,13 @@ export class LayerGraphs implements Disposable {
    * too many tokens, or a capture under way.
    */
   forward(args: MoeForwardArguments, compute: (args: MoeForwardArguments) => PyRef): PyRef | undefined {
-    const given = [args.hiddenStates, args.topkIds, args.topkWeights, args.sharedOutput, args.residual]
-    const replay = () => present(this.ref.method('replay', args.output, ...given))
-    return replay() ?? (this.#capture(given, compute) ? replay() : undefined)
+    const { hiddenStates, topkIds, topkWeights, sharedOutput, residual, output } = args
+    const given = [hiddenStates, topkIds, topkWeights, sharedOutput, residual]
+    const replay = () => present(this.ref.method('replay', output, ...given))
+    const result = replay() ?? (this.#capture(given, compute) ? replay() : undefined)
+    if (result === undefined || output === undefined) return result
+    result.dispose()
+    return output
   }
 
   #capture(given: (PyRef | undefined)[], compute: (args: MoeForwardArguments) => PyRef): boolean {
@@ -47,8 +51,13 @@ export class LayerGraphs implements Disposable {
       using said = this.ref.method('abandon')
       throw cannot(cause, said.toJS() as string | null)
     }
-    this.ref.method('end', output).dispose()
-    output.dispose()
+    try {
+      this.ref.method('end', output).dispose()
+    } catch (cause) {
+      throw cannot(cause, null)
+    } finally {
+      output.dispose()
+    }
   }
 
   dispose(): void {
