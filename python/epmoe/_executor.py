@@ -198,7 +198,8 @@ _executor = None
 def start(address, outcome, failure):
     """Starts the executor of this process; ``address`` is that of a C function without arguments, which wakes Node."""
     global _executor
-    _executor = Executor(ctypes.CFUNCTYPE(None)(address), outcome, failure)
+    # With the GIL: without it, Node's thread would take it at once, and this one would have to wait for it to go on.
+    _executor = Executor(ctypes.PYFUNCTYPE(None)(address), outcome, failure)
     return _executor
 
 

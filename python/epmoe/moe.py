@@ -26,11 +26,13 @@ def grouped_gemm(rows, weights, ends, bias=None):
     bias [E, M].
     In bfloat16 ``torch.nn.functional.grouped_mm`` does it without waiting for the GPU, so that it can be captured in a
     CUDA graph. Where that cannot be had (other dtypes, GPUs before compute capability 9.0, torch before 2.10, strides
-    that are no multiple of 16 bytes) it is one matmul an expert, which needs the segments on the host: it waits.
+    that are no multiple of 16 bytes) it is one matmul an expert, which needs the segments on the host: it waits. On the
+    CPU ``grouped_mm`` is such a loop itself, and a faster one.
     """
     if rows.shape[0] == 0:
         return rows.new_empty(0, weights.shape[1])
-    if not _has_grouped_mm(rows, weights):
+    # With a bias, other dtypes than bfloat16 are spared a rounding by addmm.
+    if not _has_grouped_mm(rows, weights) or (bias is not None and weights.dtype != torch.bfloat16):
         return _matmul_per_expert(rows, weights, [0, *ends.tolist()], bias)
     # On CUDA, grouped_mm pads rows that are no multiple of 16 bytes.
     out = functional.grouped_mm(rows, weights.transpose(1, 2), offs=ends).contiguous()
@@ -46,11 +48,24 @@ def waits(w13, w2):
 
 def _has_grouped_mm(rows, weights):
     """Whether torch has a kernel for these; for other dtypes and older GPUs its grouped_mm is a loop that waits."""
-    if weights.dtype != torch.bfloat16 or not hasattr(functional, "grouped_mm"):
+    if not hasattr(functional, "grouped_mm"):
         return False
-    if weights.is_cuda and _capability(weights.device) < (9, 0):
+    if weights.is_cuda:
+        has = weights.dtype == torch.bfloat16 and _capability(weights.device) >= (9, 0)
+    else:
+        has = _has_grouped_mm_on_cpu(weights.dtype)
+    return has and _is_aligned(rows) and _is_aligned(weights)
+
+
+@functools.cache
+def _has_grouped_mm_on_cpu(dtype):
+    """Torch had it for bfloat16 first."""
+    try:
+        ones = functools.partial(torch.ones, dtype=dtype)
+        functional.grouped_mm(ones(1, 16), ones(1, 16, 16), offs=torch.ones(1, dtype=torch.int32))
+    except RuntimeError:
         return False
-    return _is_aligned(rows) and _is_aligned(weights)
+    return True
 
 
 @functools.cache
