@@ -27,6 +27,16 @@ export interface Memory {
   threads: number
 }
 
+/** RSS and what it is the sum of. */
+export const memoryParts = [
+  'rss',
+  'files',
+  'v8',
+  'mallocUsed',
+  'mallocKept',
+  'rest',
+] as const satisfies readonly (keyof Memory)[]
+
 export class MemoryMeter {
   readonly #python: PyRef
 
@@ -76,4 +86,12 @@ function statusOf(field: string): number {
   const file = '/proc/self/status'
   if (!existsSync(file)) return 0
   return Number(new RegExp(`^${field}:\\s+(\\d+)`, 'm').exec(readFileSync(file, 'utf8'))?.[1] ?? 0)
+}
+
+/** Of the line of least squares. */
+export function slopeOf(points: [x: number, y: number][]): number {
+  const mean = (of: (point: [number, number]) => number) =>
+    points.reduce((sum, each) => sum + of(each), 0) / points.length
+  const [x, y] = [mean(([each]) => each), mean(([, each]) => each)]
+  return mean((each) => (each[0] - x) * (each[1] - y)) / mean(([each]) => (each - x) ** 2)
 }

@@ -6,10 +6,11 @@
 // soak), --layers N of a large model (default 4), --cuda-graph-tokens N (default: as many as slots; 0 for no graphs).
 import { parseArgs } from 'node:util'
 import { type Device, devices, startPython, stats } from 'epmoe'
+import { Progress } from '../src/cli/progress.js'
 import { MoeLayer } from '../src/moe-layer.js'
 import { type KernelMode, kernelModes, type ServeOptions, type Server, serve } from '../src/serve/index.js'
 import { type Memory, memoryOf, peakFromNow } from './device-memory.js'
-import { MemoryMeter } from './memory.js'
+import { MemoryMeter, memoryParts, slopeOf } from './memory.js'
 
 /** Blocks of the shape of Qwen3-30B-A3B, 1.2 GB each. */
 const large = (layers: number): ServeOptions => ({
@@ -166,6 +167,7 @@ async function measured(server: Server, mode: KernelMode, load: () => Promise<un
 }
 
 async function soak(server: Server, log: MemoryLog, requests: number, seconds: number): Promise<void> {
+  const progress = new Progress(false)
   const meter = new MemoryMeter(startPython())
   const read = () => ({ done, ...meter.read(), ...memoryOf(log.device) })
   const samples: ReturnType<typeof read>[] = []
@@ -178,7 +180,7 @@ async function soak(server: Server, log: MemoryLog, requests: number, seconds: n
       if (performance.now() - sampled > 1000) {
         sampled = performance.now()
         samples.push(read())
-        progress(`\r${number} requests, RSS ${samples.at(-1)?.rss.toFixed(0)} MB `)
+        progress.show(number, requests, `requests, RSS ${samples.at(-1)?.rss.toFixed(0)} MB`)
       }
       // One in ten clients goes away while it is served.
       const leaving = number % 10 === 9 ? AbortSignal.timeout(5 + (number % 50)) : null
@@ -189,7 +191,7 @@ async function soak(server: Server, log: MemoryLog, requests: number, seconds: n
   const { batcher, metrics } = server
   // Who left the batch is counted when the pass ends.
   while (batcher.running + batcher.waiting > 0) await new Promise((resolve) => setTimeout(resolve, 5))
-  progress('\n')
+  progress.end()
   samples.push(read())
   const { requests: outcomes, received, passes, shadow } = metrics.totals
   const sum = Object.values(outcomes).reduce((total, each) => total + each, 0)
@@ -205,26 +207,13 @@ async function soak(server: Server, log: MemoryLog, requests: number, seconds: n
     `| MB | after ${first.done} | after ${middle.done} | after ${last.done} | in 1,000 requests |\n|---|---|---|---|---|`,
   )
   const gpu = log.device === 'cpu' ? [] : (['allocated', 'reserved'] as const)
-  for (const key of ['rss', 'files', 'v8', 'mallocUsed', 'mallocKept', 'rest', ...gpu] as const) {
+  for (const key of [...memoryParts, ...gpu]) {
     const slope = 1000 * slopeOf(warm.map((each) => [each.done, each[key]]))
     const values = [first, middle, last].map((each) => each[key].toFixed(1)).join(' | ')
     console.log(`| ${gpu.includes(key as never) ? 'CUDA ' : ''}${key} | ${values} | ${slope.toFixed(2)} |`)
   }
   console.log(`live at the end: ${JSON.stringify(stats())}`)
   if (sum !== received) process.exitCode = 1
-}
-
-/** For who watches. */
-function progress(text: string): void {
-  if (process.stderr.isTTY) process.stderr.write(text)
-}
-
-/** Of the line of least squares. */
-function slopeOf(points: [x: number, y: number][]): number {
-  const mean = (of: (point: [number, number]) => number) =>
-    points.reduce((sum, each) => sum + of(each), 0) / points.length
-  const [x, y] = [mean(([each]) => each), mean(([, each]) => each)]
-  return mean((each) => (each[0] - x) * (each[1] - y)) / mean(([each]) => (each - x) ** 2)
 }
 
 async function request(

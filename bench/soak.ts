@@ -23,7 +23,7 @@ import {
   stats,
   Tensor,
 } from 'epmoe'
-import { liveObjects, type Memory, MemoryMeter } from './memory.js'
+import { liveObjects, type Memory, MemoryMeter, memoryParts, slopeOf } from './memory.js'
 
 interface Sample extends Memory {
   seconds: number
@@ -231,12 +231,7 @@ class Gap {
 
 /** The columns of the table, MB but for the last three; the first is the sum of the next five. */
 const columns = [
-  'rss',
-  'files',
-  'v8',
-  'mallocUsed',
-  'mallocKept',
-  'rest',
+  ...memoryParts,
   'heapUsed',
   'external',
   'cuda',
@@ -266,13 +261,7 @@ function report(samples: Sample[], load: Load, terminated: number, device: strin
   )
 }
 
-/** How a figure changes in a minute, by least squares. */
+/** How a figure changes in a minute. */
 function slope(samples: Sample[], key: keyof Sample): number {
-  return (60 * covariance(samples, key)) / covariance(samples, 'seconds')
-}
-
-function covariance(samples: Sample[], key: keyof Sample): number {
-  const mean = (of: (sample: Sample) => number) => samples.reduce((sum, each) => sum + of(each), 0) / samples.length
-  const [seconds, value] = [mean((each) => each.seconds), mean((each) => each[key])]
-  return mean((each) => (each.seconds - seconds) * (each[key] - value))
+  return slopeOf(samples.map((each) => [each.seconds / 60, each[key]]))
 }

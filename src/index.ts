@@ -26,9 +26,9 @@ export {
   type ShimStats,
   shim,
 } from './migrate/shim.js'
+export type { MoeForwardArguments } from './moe/arguments.js'
 export {
   type MoeActivation,
-  type MoeForwardArguments,
   type MoeLayer,
   type MoeLayerOptions,
   moeLayer,

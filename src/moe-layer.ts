@@ -1,5 +1,6 @@
 import { describeValue, EpmoeError } from './errors.js'
 import { geluAndMul, postReorder, preprocess, preReorder, siluAndMul } from './generated/ops.js'
+import type { MoeForwardArguments } from './moe/arguments.js'
 import { Axes, oneOf, onlyKnown } from './moe/check.js'
 import { LayerGraphs } from './moe/graphs.js'
 import { kw } from './python/encode.js'
@@ -36,22 +37,6 @@ export interface MoeLayerOptions {
    * products have to wait (see MoeLayer.waits) and on the CPU nothing is captured. Default 0: nothing.
    */
   cudaGraphTokens?: number | undefined
-}
-
-/** One call's tensors, contiguous, of the weights' dtype unless said otherwise. */
-export interface MoeForwardArguments {
-  /** Shape [T, H]. */
-  hiddenStates: PyRef
-  /** The router's choice in the model's numbering, -1 for none. Shape [T, K]; int32 or int64. */
-  topkIds: PyRef
-  /** Shape [T, K]; float32 or the weights' dtype. */
-  topkWeights: PyRef
-  /** Added to the sum, e.g. the shared experts' output; on one rank only. Shape [T, H]. */
-  sharedOutput?: PyRef | undefined
-  /** Added last; on one rank only. Shape [T, H]. */
-  residual?: PyRef | undefined
-  /** Receives the result; allocated when absent. Shape [T, H]. */
-  output?: PyRef | undefined
 }
 
 /**

@@ -1,5 +1,5 @@
-// A bell that any thread may ring to have JavaScript look for news. Python's executor rings it through a plain C
-// function, so its thread never waits for JavaScript's.
+// A bell that any thread may ring to have JavaScript look for news. Python rings it through a plain C function, so its
+// thread never waits for JavaScript's. It holds the GIL then: whoever holds the bell's mutex must not want it.
 #include <atomic>
 #include <mutex>
 

@@ -6,6 +6,7 @@ rows, and the same kernels order, pack and sum them: ``preprocess`` over destina
 ``post_reorder``. Tokens travel in chunks, so that one chunk is under way while the experts work on another.
 """
 
+import functools
 import itertools
 
 import torch
@@ -28,17 +29,10 @@ class Route:
         self.known = table(-1, -1, experts, -1)
         # By id, so that -1 has the last entry: the id on this rank, or -1.
         self.local = table(torch.where((experts >= first) & (experts < end), experts - first, -1), -1)
-        self._kept = {}
 
     def exchange(self, topk_ids, topk_weights):
         """One call's traffic. topk_ids, topk_weights [T, K]."""
         return Exchange(self, topk_ids, topk_weights)
-
-    def constant(self, name, make, *arguments):
-        """``make(*arguments, device)``, kept until the arguments are others."""
-        if self._kept.get(name, (None,))[0] != arguments:
-            self._kept[name] = arguments, make(*arguments, self.device)
-        return self._kept[name][1]
 
     def refuse(self, message):
         """Tells the other ranks that this one cannot make the call; raises as ``agree`` does."""
@@ -55,10 +49,10 @@ class Exchange:
         index = (topk_ids + 2).clamp_(0, route.rank_of.shape[0] - 1)
         # What preprocess orders: chunk * W + rank, -1 where a slot before has the token sent there already.
         ranks = route.rank_of[index]
-        again = (ranks[:, :, None] == ranks[:, None, :]).logical_and_(route.constant("before", _before, self._topk))
+        again = (ranks[:, :, None] == ranks[:, None, :]).logical_and_(_before(self._topk, route.device))
         ranks.masked_fill_(again.any(-1), -1)
         if route.chunks > 1:
-            ranks += route.constant("offsets", _offsets, tokens, route.chunks, size) * (ranks >= 0)
+            ranks += _offsets(tokens, route.chunks, size, route.device) * (ranks >= 0)
         self.destinations = ranks
         # What goes with each token, [T, 2K] float32: the bits of its choices, int32, and their weights.
         self.choices = torch.cat([route.known[index].view(torch.float32), topk_weights.float()], dim=1)
@@ -70,7 +64,7 @@ class Exchange:
     def agree(self, seg_indptr):
         """Tells the ranks how many tokens come, and learns it of them; the host waits. Returns the rows to send."""
         group, chunks = self._route.group, self._route.chunks
-        head = self._route.constant("head", _head, group.size, self._topk)
+        head = _head(group.size, self._topk, self._route.device)
         rows = torch.cat([head, seg_indptr.diff().view(chunks, group.size).t()], dim=1)
         received, sent = group.agree(rows)
         group.must_be_same("topk_ids", "slots a token", [row[1] for row in received])
@@ -114,16 +108,19 @@ class Exchange:
         return tensor[self._ends[chunk] : self._ends[chunk + 1]]
 
 
+@functools.lru_cache(maxsize=8)
 def _before(topk, device):
     """[K, K]: which slots come before each."""
     return torch.ones(topk, topk, dtype=torch.bool, device=device).tril(-1)
 
 
+@functools.lru_cache(maxsize=8)
 def _offsets(tokens, chunks, size, device):
     """[T, 1]: where the destinations of a token's chunk begin."""
     return (torch.arange(tokens, device=device)[:, None] * chunks // max(tokens, 1) * size).to(torch.int32)
 
 
+@functools.lru_cache(maxsize=8)
 def _head(size, topk, device):
     """[W, 2]: what each rank is told before the counts, that the call can be made and with how many slots a token."""
     return torch.tensor([[1, topk]], device=device).repeat(size, 1)

@@ -1,7 +1,7 @@
 import { EpmoeError } from '../errors.js'
-import type { MoeForwardArguments } from '../moe-layer.js'
 import type { PyRef } from '../python/ref.js'
 import { startPython } from '../python/start.js'
+import type { MoeForwardArguments } from './arguments.js'
 
 /** A layer's calls of at most so many tokens, captured in CUDA graphs as they come: python/epmoe/layer_graphs.py. */
 export class LayerGraphs implements Disposable {

@@ -1,4 +1,5 @@
-import type { MoeForwardArguments, MoeLayer } from '../moe-layer.js'
+import type { MoeForwardArguments } from '../moe/arguments.js'
+import type { MoeLayer } from '../moe-layer.js'
 import type { PyRef } from '../python/ref.js'
 import type { RankGroup } from './group.js'
 import { checkIds, type Plan, type Scheme } from './scheme.js'

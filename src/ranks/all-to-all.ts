@@ -1,6 +1,7 @@
 import { postReorder, preprocess, preReorder } from '../generated/ops.js'
+import type { MoeForwardArguments } from '../moe/arguments.js'
 import type { Axes } from '../moe/check.js'
-import type { MoeForwardArguments, MoeLayer, MoeLayerOptions } from '../moe-layer.js'
+import type { MoeLayer, MoeLayerOptions } from '../moe-layer.js'
 import { kw } from '../python/encode.js'
 import type { PyRef } from '../python/ref.js'
 import { startPython } from '../python/start.js'

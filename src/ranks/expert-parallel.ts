@@ -1,6 +1,7 @@
 import { describeValue, EpmoeError } from '../errors.js'
+import type { MoeForwardArguments } from '../moe/arguments.js'
 import { oneOf, onlyKnown } from '../moe/check.js'
-import { type MoeForwardArguments, type MoeLayer, type MoeLayerOptions, moeLayer, weightAxes } from '../moe-layer.js'
+import { type MoeLayer, type MoeLayerOptions, moeLayer, weightAxes } from '../moe-layer.js'
 import type { PyRef } from '../python/ref.js'
 import { AllReduce } from './all-reduce.js'
 import { AllToAll } from './all-to-all.js'

@@ -1,6 +1,6 @@
 import { preprocess } from '../generated/ops.js'
+import type { MoeForwardArguments } from '../moe/arguments.js'
 import type { Axes } from '../moe/check.js'
-import type { MoeForwardArguments } from '../moe-layer.js'
 import type { PyRef } from '../python/ref.js'
 import { Tensor } from '../tensor.js'
 

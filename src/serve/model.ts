@@ -1,6 +1,7 @@
 import { devices } from '../device.js'
 import { EpmoeError } from '../errors.js'
-import { type MoeForwardArguments, type MoeLayer, moeLayer } from '../moe-layer.js'
+import type { MoeForwardArguments } from '../moe/arguments.js'
+import { type MoeLayer, moeLayer } from '../moe-layer.js'
 import type { PyRef } from '../python/ref.js'
 import { startPython } from '../python/start.js'
 
