@@ -42,12 +42,15 @@ def passed(served, plan):
 
 
 def generate(served, prompts, count, chunk):
-    """``count`` tokens for each prompt; parts of prompts of ``chunk`` tokens and single tokens share passes."""
+    """``count`` tokens for each prompt; parts of prompts of ``chunk`` tokens and single tokens share passes.
+
+    Odd slots begin with a part of one less, so that parts of as many tokens each start at different positions.
+    """
     sequences = [Sequence(slot, prompt) for slot, prompt in prompts.items()]
     while active := [each for each in sequences if len(each.out) < count]:
         rows = []
         for each in active:
-            part = each.tokens[:chunk]
+            part = each.tokens[: chunk - (each.start == 0 and each.slot % 2)]
             whole = len(part) == len(each.tokens)
             wish = {**GREEDY, "first": not each.out} if whole else None
             rows.append({"slot": each.slot, "start": each.start, "tokens": part, "wish": wish})
@@ -83,8 +86,8 @@ class Passes(unittest.TestCase):
         expected = [self.alone(served, prompt, 24) for prompt in self.prompts]
         self.assertEqual(len({tuple(each) for each in expected}), len(expected))
         for chunk in (5, 1000):
-            # The longest first, in slots that are not in order.
-            given = {slot: prompt for slot, prompt in zip((2, 0, 3, 1), reversed(self.prompts), strict=True)}
+            # The longest first, in slots that are not in order; in the first pass, parts of as many tokens are apart.
+            given = {slot: prompt for slot, prompt in zip((2, 3, 0, 1), reversed(self.prompts), strict=True)}
             self.assertEqual(generate(served, given, 24, chunk), expected[::-1], chunk)
         served.close()
 

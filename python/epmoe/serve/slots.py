@@ -34,7 +34,7 @@ class Group:
 
     def __init__(self, rows, device):
         tokens = [row.first + i for row in rows for i in range(row.count)]
-        dense = tokens[-1] - tokens[0] == len(tokens) - 1
+        dense = tokens[-1] - tokens[0] == len(tokens) - 1  # rows come in the order of their tokens
         self.shape = (len(rows), rows[0].count)
         # Where its tokens are in the pass.
         self.place = slice(tokens[0], tokens[-1] + 1) if dense else torch.tensor(tokens).to(device)
@@ -74,10 +74,10 @@ class SlotCache:
 
     def begin(self, rows, device):
         """Sets the rows of the next pass; returns the tokens' positions, [1, N]."""
-        # Sequences that get one token go together, each longer part for itself.
-        single = [row for row in rows if row.count == 1]
-        longer = [[row] for row in rows if row.count > 1]
-        self.groups = [Group(part, device) for part in ([single] if single else []) + longer]
+        by_count = {}
+        for row in rows:
+            by_count.setdefault(row.count, []).append(row)
+        self.groups = [Group(part, device) for part in by_count.values()]
         positions = [position for row in rows for position in range(row.start, row.end)]
         slots = [row.slot for row in rows for _ in range(row.count)]
         self._slot_of_token, self._position_of_token = torch.tensor([slots, positions]).to(device)
