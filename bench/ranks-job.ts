@@ -123,7 +123,7 @@ function interleaved<Name extends string>(group: RankGroup, until: number, calls
       }
     }
     const own = names.map((name) => summarise(times.get(name)!).median)
-    const all = group.gather({ own, late: Date.now() > until })
+    const all = group.gather('a block', { own, late: Date.now() > until })
     if (block < 0) continue
     for (const [i, name] of names.entries()) medians.get(name)!.push(Math.max(...all.map((each) => each.own[i]!)))
     more = block + 1 < fewestBlocks || !all[0]!.late

@@ -71,12 +71,8 @@ export class MoeLayer implements Disposable {
   /** Made by moeLayer(). */
   constructor(options: MoeLayerOptions) {
     onlyKnown(options, optionNames)
-    oneOf('activation', options.activation, ['silu', 'gelu', 'swigluoai'])
-    oneOf('numerics', options.numerics, ['fp32', 'triton'])
-    const { cudaGraphTokens = 0 } = options
-    if (!Number.isSafeInteger(cudaGraphTokens) || cudaGraphTokens < 0) throw notACount(cudaGraphTokens)
-    this.#options = options
-    this.#axes = weightAxes(options)
+    this.#options = { ...options } // as they have been checked, whatever becomes of the caller's
+    this.#axes = layerAxes(options)
     const python = startPython()
     using module = python.import('epmoe.moe')
     using torch = python.import('torch')
@@ -87,7 +83,7 @@ export class MoeLayer implements Disposable {
     this.#int64 = torch.get('int64')
     using waits = module.method('waits', options.w13, options.w2)
     this.waits = waits.toJS() as boolean
-    const { activation } = options
+    const { activation, cudaGraphTokens = 0 } = options
     if (activation === 'swigluoai') this.#activation = module.get('swiglu_oai')
     else if (typeof activation !== 'string') this.#activation = activation
     const local = this.#axes.size('E')
@@ -196,6 +192,8 @@ export class MoeLayer implements Disposable {
     const axes = this.#axes.copy()
     axes.check('hiddenStates', args.hiddenStates, ['T', 'H'], { plain: true })
     axes.check('topkIds', args.topkIds, ['T', 'K'], { dtypes: ['int32', 'int64'], plain: true })
+    if (axes.size('K') === 0)
+      throw wrong('ERR_SHAPE', 'topkIds', '[T, K] with K of 1 or more', `[${axes.size('T')}, 0]`)
     axes.check('topkWeights', args.topkWeights, ['T', 'K'], { dtypes: ['float32', axes.dtype], plain: true })
     for (const name of ['sharedOutput', 'residual', 'output'] as const) {
       if (args[name] !== undefined) axes.check(name, args[name], ['T', 'H'], { plain: true })
@@ -204,23 +202,33 @@ export class MoeLayer implements Disposable {
   }
 }
 
-/** Checks the weights against each other; returns the lengths of their axes. */
-export function weightAxes(options: MoeLayerOptions): Axes {
+/** Checks what a layer is made of, where its experts stand in the model aside; returns the lengths of the weights' axes. */
+export function layerAxes(options: MoeLayerOptions): Axes {
+  const { activation = 'silu', cudaGraphTokens = 0, routedScalingFactor = 1 } = options
+  oneOf('activation', activation, ['silu', 'gelu', 'swigluoai'])
+  oneOf('numerics', options.numerics, ['fp32', 'triton'])
+  if (!Number.isSafeInteger(cudaGraphTokens) || cudaGraphTokens < 0) {
+    throw wrong('ERR_VALUE', 'cudaGraphTokens', 'a number of tokens, 0 for no graphs', describeValue(cudaGraphTokens))
+  }
+  if (typeof routedScalingFactor !== 'number' || !Number.isFinite(Math.fround(routedScalingFactor))) {
+    throw wrong('ERR_VALUE', 'routedScalingFactor', 'a number that float32 holds', describeValue(routedScalingFactor))
+  }
   const axes = new Axes('moeLayer')
   axes.check('w13', options.w13, ['E', 'N', 'H'], { dtypes: ['float32', 'float16', 'bfloat16'] })
   axes.check('w2', options.w2, ['E', 'H', 'I'])
   if (options.w13Bias !== undefined) axes.check('w13Bias', options.w13Bias, ['E', 'N'])
   if (options.w2Bias !== undefined) axes.check('w2Bias', options.w2Bias, ['E', 'H'])
-  const [width, half] = [axes.size('N'), axes.size('I')]
-  if (typeof (options.activation ?? 'silu') !== 'string' || width === 2 * half) return axes
-  throw new EpmoeError({
-    code: 'ERR_SHAPE',
-    op: 'moeLayer',
-    argument: 'w13',
-    expected: `[E, 2I, H] with 2I = ${2 * half}, for w2 has I = ${half}`,
-    received: `2I = ${width}`,
-    hint: 'w13 holds gate and up projection, one after the other',
-  })
+  const [experts, width, half] = [axes.size('E'), axes.size('N'), axes.size('I')]
+  if (experts < 1 || experts > mostSegments)
+    throw wrong('ERR_SHAPE', 'w13', `1 to ${mostSegments} experts`, `${experts}`)
+  if (typeof activation !== 'string' || width === 2 * half) return axes
+  throw wrong(
+    'ERR_SHAPE',
+    'w13',
+    `[E, 2I, H] with 2I = ${2 * half}, for w2 has I = ${half}`,
+    `2I = ${width}`,
+    'w13 holds gate and up projection, one after the other',
+  )
 }
 
 /** Which of the model's experts are local. */
@@ -230,25 +238,21 @@ function expertRange(options: MoeLayerOptions, local: number): { start: number; 
   if (Number.isSafeInteger(start) && start >= 0 && Number.isSafeInteger(total) && start + local <= total) {
     return { start, total }
   }
-  throw new EpmoeError({
-    code: 'ERR_VALUE',
-    op: 'moeLayer',
-    argument: Number.isSafeInteger(start) && start >= 0 ? 'numExperts' : 'startExpertId',
-    expected: `${local} experts, which w13 holds, from startExpertId on within numExperts`,
-    received: `startExpertId ${start}, numExperts ${total}`,
-    hint: 'Both are counted in the model, not on the rank',
-  })
+  throw wrong(
+    'ERR_VALUE',
+    Number.isSafeInteger(start) && start >= 0 ? 'numExperts' : 'startExpertId',
+    `${local} experts, which w13 holds, from startExpertId on within numExperts`,
+    `startExpertId ${start}, numExperts ${total}`,
+    'Both are counted in the model, not on the rank',
+  )
 }
 
-function notACount(received: number): EpmoeError {
-  return new EpmoeError({
-    code: 'ERR_VALUE',
-    op: 'moeLayer',
-    argument: 'cudaGraphTokens',
-    expected: 'a number of tokens, 0 for no graphs',
-    received: describeValue(received),
-  })
+function wrong(code: string, argument: string, expected: string, received: string, hint = ''): EpmoeError {
+  return new EpmoeError({ code, op: 'moeLayer', argument, expected, received, hint })
 }
+
+/** What preprocess can order by. */
+export const mostSegments = 1024
 
 const optionNames = [
   'w13',

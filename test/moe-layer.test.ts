@@ -105,6 +105,8 @@ const cases: Partial<Case>[] = [
   { hidden: 64, half: 34, biases: true },
   // Rows of 100 bytes: too odd for grouped_mm, so a matmul an expert.
   { hidden: 50, half: 33, tokens: 100, biases: true },
+  { hidden: 1, half: 1, dtype: 'float32' },
+  { hidden: 16, half: 1, biases: true },
 ]
 
 for (const device of testDevices) {
@@ -229,6 +231,10 @@ test('what is wrong with the weights is named', (t) => {
   wrong({ bias: x('w2_bias') }, 'bias', 'ERR_UNEXPECTED_ARGUMENT')
   wrong({ activation: 'relu' }, 'activation', 'ERR_VALUE')
   wrong({ numerics: 'exact' }, 'numerics', 'ERR_VALUE')
+  for (const factor of [Number.NaN, Infinity, 1e39, '2']) {
+    wrong({ routedScalingFactor: factor }, 'routedScalingFactor', 'ERR_VALUE')
+  }
+  wrong({ w13: evaluate('x[:0]', { x: x('w13') }), w2: evaluate('x[:0]', { x: x('w2') }) }, 'w13', 'ERR_SHAPE')
   for (const count of [-1, 0.5, Number.NaN, '8']) wrong({ cudaGraphTokens: count }, 'cudaGraphTokens', 'ERR_VALUE')
   t.throws(() => moeLayer(undefined as never), { code: 'ERR_MISSING_ARGUMENT' })
 })
@@ -253,10 +259,22 @@ test('what is wrong with a call is named', (t) => {
   wrong({ topkIds: evaluate('x[1:]', { x: x('ids') }) }, 'topkIds', 'ERR_SHAPE')
   wrong({ topkIds: evaluate('x.float()', { x: x('ids') }) }, 'topkIds', 'ERR_DTYPE')
   wrong({ topkWeights: evaluate('x[:, 1:]', { x: x('weights') }) }, 'topkWeights', 'ERR_SHAPE')
+  wrong({ topkIds: evaluate('x[:, :0].contiguous()', { x: x('ids') }) }, 'topkIds', 'ERR_SHAPE')
   wrong({ residual: evaluate('x[1:]', { x: x('residual') }) }, 'residual', 'ERR_SHAPE')
   wrong({ output: 3 }, 'output', 'ERR_NOT_A_TENSOR')
   wrong({ shared: x('shared') }, 'shared', 'ERR_UNEXPECTED_ARGUMENT')
   if (gpu !== undefined) wrong({ topkIds: evaluate('x.cuda()', { x: x('ids') }) }, 'topkIds', 'ERR_DEVICE')
+})
+
+test('a layer stays what it was made of, whatever becomes of the options', (t) => {
+  const x = tensors(usual)
+  const options = optionsOf(usual, x)
+  const layer = moeLayer(options)
+  const call = { hiddenStates: x('hidden'), topkIds: x('ids'), topkWeights: x('weights') }
+  const before = layer.forward(call)
+  Object.assign(options, { w13: x('w2'), activation: 'swigluoai', routedScalingFactor: 7 })
+  t.true(valueOf('torch.equal(a, b)', { a: layer.forward(call), b: before }))
+  layer.dispose()
 })
 
 test('where products wait, graphs may be asked for and are not made', (t) => {

@@ -65,11 +65,19 @@ function errorsOf(outcomes: Outcome[]): [error: number, allowed: number] {
   ]
 }
 
+/** The code on the rank that errs and on the others, whose message must match. */
+type Told = [own: string, others: string, message: RegExp]
+
 /** Every rank is told of a mistake, in words that say which rank made it. */
 function mistakesAreNamed(t: ExecutionContext, reports: Report[], device: string): void {
   const last = reports.length - 1
-  /** The code on the rank that errs and on the others, whose message must match. */
-  const expected: Record<string, [own: string, others: string, message: RegExp]> = {
+  const differ = (message: string): Told => ['ERR_RANKS_DISAGREE', 'ERR_RANKS_DISAGREE', new RegExp(message)]
+  const refused = (own: string, message: string): Told => [
+    own,
+    'ERR_RANK_REFUSED',
+    new RegExp(`rank ${last}: .*${message}`),
+  ]
+  const expected: Record<string, Told> = {
     'fewer tokens on the last rank': [
       'ERR_RANKS_DISAGREE',
       'ERR_RANKS_DISAGREE',
@@ -83,13 +91,25 @@ function mistakesAreNamed(t: ExecutionContext, reports: Report[], device: string
     'another dtype on the last rank': ['ERR_RANKS_DISAGREE', 'ERR_RANKS_DISAGREE', /w13: .*bfloat16.*float16/],
     'another scheme on the last rank': ['ERR_RANKS_DISAGREE', 'ERR_RANKS_DISAGREE', /scheme: .*all-to-all.*all-reduce/],
     'weights on the last rank that do not fit': ['ERR_SHAPE', 'ERR_RANK_REFUSED', new RegExp(`rank ${last}: .*w2: `)],
-    'no experts on the last rank': ['ERR_VALUE', 'ERR_RANK_REFUSED', new RegExp(`rank ${last}: .*at least one expert`)],
+    'no experts on the last rank': ['ERR_SHAPE', 'ERR_RANK_REFUSED', new RegExp(`rank ${last}: .*1 to 1024 experts`)],
+    'another activation on the last rank': differ('activation: .*rank 0 has silu, .*has gelu'),
+    'another factor on the last rank': differ('routedScalingFactor: .*rank 0 has 1.5, .*has 3'),
+    'another bias on the last rank': differ('w2Bias: .*rank 0 has none, .*has one'),
+    'another numerics on the last rank': differ('numerics: .*rank 0 has fp32, .*has triton'),
+    'another activation there is not on the last rank': refused('ERR_VALUE', 'activation: .*received "relu"'),
+    'another factor that is no number on the last rank': refused('ERR_VALUE', 'routedScalingFactor: .*received NaN'),
+    'another number of tokens for graphs on the last rank': refused('ERR_VALUE', 'cudaGraphTokens: .*received -1'),
+    'another option there is not on the last rank': refused('ERR_UNEXPECTED_ARGUMENT', 'topk: '),
+    'a barrier on the last rank, where the others make a layer': differ('rank 0 has a layer, .*has a barrier'),
     'experts that do not add up': ['ERR_VALUE', 'ERR_VALUE', /numExperts: expected 11.*received 12/],
     'a scheme there is not': ['ERR_VALUE', 'ERR_VALUE', /'all-reduce' or 'all-to-all', received "broadcast"/],
     'fewer experts than ranks': ['ERR_VALUE', 'ERR_VALUE', /an expert for each rank.*Start fewer ranks/],
     'another world size': ['ERR_RANKS_START', 'ERR_RANKS_START', /WORLD_SIZE=/],
   }
   for (const scheme of ['all-reduce', 'all-to-all']) {
+    expected[`${scheme}: no slots on the last rank`] = refused('ERR_SHAPE', 'topkIds: expected .* K of 1 or more')
+    expected[`${scheme}: a disposed layer on the last rank`] = refused('ERR_DISPOSED', 'a live layer')
+    expected[`${scheme}: another layer on the last rank`] = differ('the same layer on every rank')
     expected[`${scheme}: a wrong dtype on the last rank`] = [
       'ERR_DTYPE',
       'ERR_RANK_REFUSED',
@@ -155,6 +175,8 @@ const fates: Record<string, Fate> = {
   'ends early': { code: 'ERR_RANK_LOST', message: /rank 1 left the job after call 3/ },
   throws: { code: 'ERR_RANK_LOST', message: /rank 1 left the job after call 3/ },
   'does not come': { code: 'ERR_RANK_LATE', message: /within 8 s, received rank 1 has come to call 3 only/ },
+  'cannot agree': { code: 'ERR_RANK_LOST', message: /rank 1 failed in call 4: MemoryError: no room for a head/ },
+  'misses a call': { code: 'ERR_RANKS_DISAGREE', message: /the same number of calls .*rank 0 has 4, rank 1 has 5/ },
   'fails in the middle': { code: 'ERR_RANK_LOST', message: /rank 1 failed in call 4: experts on fire/ },
 }
 

@@ -48,11 +48,15 @@ class Watch:
         self._thread.start()
 
     def enter(self):
-        """A call begins; raises ERR_RANK_LOST when an earlier one has failed."""
-        if self.broken is not None:
-            raise self.broken
+        """A call begins."""
+        self.must_be_whole()
         self.calls += 1
         self._in_call = True
+
+    def must_be_whole(self):
+        """Raises the error of an earlier call that has failed."""
+        if self.broken is not None:
+            raise self.broken.with_traceback(None)  # or each time adds to what it has
 
     def leave(self, device_work=None):
         """The host is done with the call; ``device_work`` is a CUDA event behind what the GPU still does for it."""

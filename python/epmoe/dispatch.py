@@ -15,10 +15,14 @@ __all__ = ["Route"]
 
 
 class Route:
-    """Where the experts are: ``starts`` are the ranks' first experts, and the number of all as the last entry."""
+    """Where a layer's experts are: ``starts`` are the ranks' first ones, and the number of all as the last entry.
 
-    def __init__(self, group, starts, chunks, device):
-        self.group, self.chunks, self.device = group, chunks, device
+    ``layer`` is its number in the group, and ``chunks`` what a call's tokens are cut into.
+    """
+
+    def __init__(self, group, layer, starts, chunks, device):
+        self.group, self.layer, self.chunks, self.device = group, layer, chunks, device
+        group.expect(chunks)
         ranks = torch.repeat_interleave(torch.arange(group.size), torch.tensor(starts).diff())
         experts = torch.arange(starts[-1])
         first, end = starts[group.rank : group.rank + 2]
@@ -33,12 +37,6 @@ class Route:
     def exchange(self, topk_ids, topk_weights):
         """One call's traffic. topk_ids, topk_weights [T, K]."""
         return Exchange(self, topk_ids, topk_weights)
-
-    def refuse(self, message):
-        """Tells the other ranks that this one cannot make the call; raises as ``agree`` does."""
-        self.group.refuse(message)
-        rows = torch.zeros(self.group.size, 2 + self.chunks, dtype=torch.int64, device=self.device)
-        self.group.agree(rows)
 
 
 class Exchange:
@@ -64,11 +62,9 @@ class Exchange:
     def agree(self, seg_indptr):
         """Tells the ranks how many tokens come, and learns it of them; the host waits. Returns the rows to send."""
         group, chunks = self._route.group, self._route.chunks
-        head = _head(group.size, self._topk, self._route.device)
-        rows = torch.cat([head, seg_indptr.diff().view(chunks, group.size).t()], dim=1)
-        received, sent = group.agree(rows)
-        group.must_be_same("topk_ids", "slots a token", [row[1] for row in received])
-        self._sent, self._received = ([list(part) for part in zip(*each, strict=True)][2:] for each in (sent, received))
+        counts = seg_indptr.diff().view(chunks, group.size).t()
+        received, sent = group.agree(self._route.layer, self._topk, counts)
+        self._sent, self._received = ([list(part) for part in zip(*each, strict=True)] for each in (sent, received))
         self._ends = [0, *itertools.accumulate(map(sum, self._sent))]
         return self._ends[-1]
 
@@ -118,9 +114,3 @@ def _before(topk, device):
 def _offsets(tokens, chunks, size, device):
     """[T, 1]: where the destinations of a token's chunk begin."""
     return (torch.arange(tokens, device=device)[:, None] * chunks // max(tokens, 1) * size).to(torch.int32)
-
-
-@functools.lru_cache(maxsize=8)
-def _head(size, topk, device):
-    """[W, 2]: what each rank is told before the counts, that the call can be made and with how many slots a token."""
-    return torch.tensor([[1, topk]], device=device).repeat(size, 1)

@@ -1,12 +1,14 @@
 """A group of ranks on torch.distributed for expert parallelism: joining, agreeing, moving rows, and never hanging.
 
 torch.distributed does the communication: NCCL between GPUs, gloo between CPUs. What is added is that every wait ends:
-with the result, or within the timeout with an :class:`EpmoeError` that names the rank to blame (``epmoe._watch``).
+with the result, or within the timeout with an :class:`EpmoeError`. It names the rank to blame (``epmoe._watch``), unless
+all are in the call and alive and one is merely slow.
 """
 
 import atexit
 import contextlib
 import datetime
+import functools
 import json
 import os
 import time
@@ -35,11 +37,11 @@ def join_ranks(*, backend=None, world_size=None, timeout=30.0, group=None):
         raise _start_error(
             f"{world_size} ranks, as world_size says", f"WORLD_SIZE={size}", "Start as many with --nproc-per-node"
         )
-    store = _Store(rank, address, port, timeout)
+    store = _store_of_job(rank, address, port, timeout)
     if not dist.is_initialized():
         backend = backend or ("nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo")
         device = _device(backend)
-        store.meet(range(size), "joined", store.prefixed("join"))
+        store.meet(range(size), "joined", store.prefixed("join"), timeout)
         dist.init_process_group(
             backend,
             store=store.prefixed("torch"),
@@ -71,27 +73,36 @@ class RankGroup:
         name = f"group-{'-'.join(map(str, self.ranks))}-{_count(self.ranks)}"
         self._store = store.prefixed(name)
         self._meetings = 0
+        self._most_counts = 1
         self._watch = Watch(lambda patience: store.another(name, patience), store.host, store.rank, self.ranks, timeout)
-        store.meet(self.ranks, "joined the group", self._store)
+        store.meet(self.ranks, "joined the group", self._store, timeout)
         self._watch.start()
 
-    def gather(self, value):
-        """Every rank's value (JSON), in the order of ranks. It goes through the store: for what is rare."""
+    def gather(self, what, value):
+        """Every rank's value (JSON), in the order of ranks. It goes through the store: for what is rare.
+
+        ``what`` they meet for, in words, has to be the same: ERR_RANKS_DISAGREE.
+        """
+        self._watch.must_be_whole()
         self._meetings += 1
         key, missing = f"meeting-{self._meetings}", set(range(self.size))
         deadline = time.monotonic() + self.timeout
         try:
-            self._store.set(f"{key}/{self.rank}", json.dumps(value))
+            self._store.set(f"{key}/{self.rank}", json.dumps([what, value]))
             while missing := {rank for rank in missing if not self._store.check([f"{key}/{rank}"])}:
                 self._check_meeting(missing, deadline)
                 time.sleep(0.005)
-            return [json.loads(self._store.get(f"{key}/{rank}")) for rank in range(self.size)]
+            all_ = [json.loads(self._store.get(f"{key}/{rank}")) for rank in range(self.size)]
+            # Whoever has come to this meeting has read everything of the one before.
+            self._store.delete_key(f"meeting-{self._meetings - 1}/{self.rank}")
         except dist.DistError as error:
             raise self._watch.diagnose(error) from error
+        self.must_be_same("", "step", [each[0] for each in all_])
+        return [each[1] for each in all_]
 
     def _check_meeting(self, missing, deadline):
-        lost = {rank: why for rank, why in self._watch.lost().items() if self.ranks.index(rank) in missing}
-        if lost:
+        # Not every lost rank is missing here, but who keeps the store need not be a rank of the group.
+        if any(rank not in self.ranks or self.ranks.index(rank) in missing for rank in self._watch.lost()):
             self._watch.check(deadline)
         if time.monotonic() > deadline:
             names = ", ".join(str(self.ranks[rank]) for rank in sorted(missing))
@@ -126,23 +137,44 @@ class RankGroup:
         )
         self._watch.fail(error, {self._watch.rank: f"failed in call {self._watch.calls}: {message}"})
 
-    def refuse(self, message):
-        """Before :meth:`agree` with a refusal: why, for the others to read."""
-        self._store.set(f"refusal-{self._watch.calls}/{self.rank}", message)
+    def expect(self, counts):
+        """From now on an agreement may have so many counts; every rank says so at the same step."""
+        self._most_counts = max(self._most_counts, counts)
 
-    def agree(self, rows):
-        """Hands each rank its row of whole numbers; the host waits. Returns the rows received and those sent, as lists.
+    def agree(self, layer, topk, counts):
+        """Before a call, tells each rank its counts and learns theirs; the host waits. Returns both, a list a rank.
 
-        rows [W, n], int64, on the group's device; one that begins with 0 says that its rank refuses the call, and then
-        every rank gets ERR_RANK_REFUSED with the reasons.
+        counts [W, n], int64: n up to what :meth:`expect` has said. All ranks have to be in the same call of the same
+        layer, with as many slots a token: ERR_RANKS_DISAGREE. If one of them has declined, it is ERR_RANK_REFUSED.
         """
+        received, sent = self._exchanged(True, layer, topk, counts)
+        self.must_be_same("topk_ids", "slots a token", [row[3] for row in received])
+        return [[row[-counts.shape[1] :] for row in rows] for rows in (received, sent)]
+
+    def agree_on(self, layer, topk, tokens):
+        """:meth:`agree` for ranks that have to bring as many tokens each."""
+        counts = torch.full((self.size, 1), tokens, dtype=torch.int64, device=self.device)
+        received, _ = self.agree(layer, topk, counts)
+        self.must_be_same("hidden_states", "tokens", [row[0] for row in received])
+
+    def decline(self, layer, message):
+        """In place of :meth:`agree`: this rank cannot make the call, and every rank is told why."""
+        self._store.set(self._refusal(self.rank), message)
+        self._exchanged(False, layer, 0, torch.zeros(self.size, 1, dtype=torch.int64, device=self.device))
+
+    def _exchanged(self, able, layer, topk, counts):
+        """Rows [call, able, layer, topk, 0 ..., counts ...] from and to each rank, of one length whatever the call."""
+        head = _head(self.size, able, layer, topk, self._most_counts - counts.shape[1], counts.device)
+        rows = torch.cat([counts.new_full((self.size, 1), self._watch.calls), head, counts], dim=1)
         both = torch.stack([rows, rows])  # one trip to the host for what came and what went
         self.wait(self.all_to_all(both[0], rows, None, None))
         received, sent = self.on_host(both)
-        refused = [rank for rank, row in enumerate(received) if row[0] == 0]
+        calls = [row[0] for row in received]
+        if len(set(calls)) > 1:
+            raise self._watch.fail(self._differ("", "number of calls", calls, "The ranks are out of step: end the job"))
+        refused = [rank for rank, row in enumerate(received) if not row[1]]
         if refused:
-            key = f"refusal-{self._watch.calls}"
-            told = [f"rank {self.ranks[rank]}: {self._store.get(f'{key}/{rank}').decode()}" for rank in refused]
+            told = [f"rank {self.ranks[rank]}: {self._store.get(self._refusal(rank)).decode()}" for rank in refused]
             raise EpmoeError(
                 "ERR_RANK_REFUSED",
                 op="expert_parallel",
@@ -150,38 +182,33 @@ class RankGroup:
                 received="; ".join(told),
                 hint="Nothing was computed, and the group goes on with the next call",
             )
+        self.must_be_same("", "layer", [row[2] for row in received])
         return received, sent
 
-    def agree_on(self, tokens, topk):
-        """Makes sure that all ranks bring as many tokens with as many slots; the host waits."""
-        rows = torch.tensor([[1, tokens, topk]] * self.size, device=self.device)
-        received, _ = self.agree(rows)
-        self.must_be_same("hidden_states", "tokens", [row[1] for row in received])
-        self.must_be_same("topk_ids", "slots a token", [row[2] for row in received])
-
-    def decline(self, message):
-        """In place of :meth:`agree_on`: this rank cannot make the call."""
-        self.refuse(message)
-        self.agree(torch.zeros(self.size, 3, dtype=torch.int64, device=self.device))
+    def _refusal(self, rank):
+        """Where the reason is. Whoever has come to a call has read all that was written in the one before the last."""
+        return f"refusal-{self._watch.calls % 2}/{rank}"
 
     def must_be_same(self, argument, what, values):
         """Raises ERR_RANKS_DISAGREE, on every rank alike, unless the ranks' values are one."""
-        if len(set(values)) == 1:
-            return
+        if len(set(values)) > 1:
+            raise self._differ(argument, what, values, "Nothing was computed")
+
+    def _differ(self, argument, what, values, hint):
         told = ", ".join(f"rank {rank} has {value}" for rank, value in zip(self.ranks, values, strict=True))
-        raise EpmoeError(
+        return EpmoeError(
             "ERR_RANKS_DISAGREE",
             op="expert_parallel",
             argument=argument,
             expected=f"the same {what} on every rank",
             received=told,
-            hint="Nothing was computed",
+            hint=hint,
         )
 
     def on_host(self, tensor):
         """``tensor.tolist()`` that does not wait for ever."""
         if tensor.is_cuda:
-            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
             host.copy_(tensor, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
@@ -217,7 +244,7 @@ class RankGroup:
         """Sends ``splits[r]`` rows to each rank r and receives ``output_splits[r]``; rows lie in the order of ranks."""
         sent, received = rows, output
         if self._staged(rows):
-            sent, received = rows.cpu(), torch.empty(output.shape, dtype=output.dtype)
+            sent, received = rows.cpu(), torch.empty(output.shape, dtype=output.dtype, device="cpu")
         work = dist.all_to_all_single(
             _bytes(received), _bytes(sent), output_splits, splits, group=self._group, async_op=True
         )
@@ -256,6 +283,8 @@ class RankGroup:
     def close(self):
         """This rank leaves; the others may finish the calls it has taken part in."""
         self._watch.stop()
+        if not self.broken and self in _groups:
+            _groups.remove(self)
 
     def _check(self, deadline):
         try:
@@ -281,7 +310,7 @@ class _Store:
     """The job's key-value store, which torchrun's agent or rank 0 keeps."""
 
     def __init__(self, rank, address, port, timeout):
-        self.rank, self._address, self._port, self._timeout = rank, address, port, timeout
+        self.rank, self._address, self._port = rank, address, port
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self.host = (-1, f"torchrun's store on {address}:{port}") if agent else (0, "and the store that it keeps")
         self._attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -294,12 +323,12 @@ class _Store:
         """A connection of its own: one that waits would hold up a shared one."""
         return dist.PrefixStore(f"epmoe/{self._attempt}/{name}", self._connect(timeout, False))
 
-    def meet(self, ranks, what, store):
+    def meet(self, ranks, what, store, timeout):
         """Waits until all these ranks are there; ERR_RANKS_START names those that are not.
 
         The store itself is gone when rank 0 has waited long enough: whom it missed are those not seen here either.
         """
-        deadline = time.monotonic() + self._timeout
+        deadline = time.monotonic() + timeout
         missing = list(ranks)
         with contextlib.suppress(dist.DistError):
             store.set(f"{what}/{self.rank}", "")
@@ -309,7 +338,7 @@ class _Store:
                     return
                 time.sleep(0.01)
         raise _start_error(
-            f"{len(ranks)} ranks within {self._timeout:g} s",
+            f"{len(ranks)} ranks within {timeout:g} s",
             f"nothing from rank {', '.join(map(str, missing))}",
             "Start every rank of WORLD_SIZE, or say how many there are; a longer timeout gives them more time",
         )
@@ -329,6 +358,14 @@ class _Store:
 
 _groups = []
 _counts = {}
+_stores = {}
+
+
+def _store_of_job(rank, address, port, timeout):
+    """One for all groups: rank 0 may keep it, and has to for as long as the job lasts."""
+    if (address, port) not in _stores:
+        _stores[address, port] = _Store(rank, address, port, timeout)
+    return _stores[address, port]
 
 
 def _count(ranks):
@@ -370,6 +407,12 @@ def _device(backend):
     return torch.device("cuda", local)
 
 
+@functools.lru_cache(maxsize=64)
+def _head(size, able, layer, topk, unused, device):
+    """[W, 3 + unused]: the part of an agreement's rows that a layer's calls have in common."""
+    return torch.tensor([[able, layer, topk, *[0] * unused]], dtype=torch.int64, device=device).repeat(size, 1)
+
+
 def _bytes(tensor):
     """Rows as bytes: the exchange has nothing to do with their dtype."""
     return tensor.view(torch.uint8) if tensor.dim() > 1 and tensor.dtype != torch.uint8 else tensor
@@ -377,7 +420,7 @@ def _bytes(tensor):
 
 def _end():
     """At the end of the process. A group with a dead rank is not taken apart: that would wait for the dead."""
-    for group in _groups:
+    for group in list(_groups):
         group.close()
     if dist.is_initialized() and not any(group.broken for group in _groups):
         dist.destroy_process_group()

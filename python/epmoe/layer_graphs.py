@@ -73,13 +73,14 @@ class _Graph:
     """One graph with its inputs and its output, [size, ...] each."""
 
     def __init__(self, size, given):
-        self.inputs = [each if each is None else each.new_zeros(size, each.shape[1]) for each in given]
+        with torch.inference_mode(False):  # or they could not be written to outside of it
+            self.inputs = [each if each is None else each.new_zeros(size, each.shape[1]) for each in given]
         self._device = given[0].device
         self._ids = self.inputs[1].fill_(-1)
         self._filled = 0
         self._output = None
         self._streams = {torch.cuda.current_stream(self._device)}
-        self._pool = _pools.get(self._device) or _pools.setdefault(self._device, _Pool())
+        self._pool = None
         self._graph = torch.cuda.CUDAGraph()
         self._capture = contextlib.ExitStack()
 
@@ -89,8 +90,10 @@ class _Graph:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             stack.enter_context(torch.cuda.stream(stream))
+            pool = _pools.get(self._device) or _Pool()
             # What other threads do meanwhile is their own affair.
-            self._graph.capture_begin(pool=self._pool.handle, capture_error_mode="thread_local")
+            self._graph.capture_begin(pool=pool.handle, capture_error_mode="thread_local")
+            self._pool = _pools[self._device] = pool
             self._capture = stack.pop_all()
 
     def end(self, output):
@@ -154,9 +157,11 @@ class _Pool:
             if stream != self._stream:
                 self._done.wait(stream)
                 self._stream = stream
-            yield stream
-            self._done.record(stream)
+            try:
+                yield stream
+            finally:
+                self._done.record(stream)
 
 
-# torch gives a pool up with its last graph, and its handle is of no use then.
+# torch gives a pool up with its last graph, and its handle is of no use then: only graphs that use it keep it here.
 _pools = weakref.WeakValueDictionary()

@@ -74,13 +74,12 @@ def _capability(device):
 
 
 def _is_aligned(tensor):
-    """Whether one of the last two axes is dense and everything else lies at multiples of 16 bytes."""
-    strides = [stride * tensor.element_size() for stride in tensor.stride()]
+    """Whether one of the last two axes is dense and all others have strides of multiples of 16 bytes."""
+    *others, row, column = (stride * tensor.element_size() for stride in tensor.stride())
     dense = tensor.element_size()
-    return (
-        dense in strides[-2:]
-        and all(stride % 16 == 0 for stride in strides if stride != dense)
-        and tensor.data_ptr() % 16 == 0
+    return tensor.data_ptr() % 16 == 0 and any(
+        one == dense and all(stride % 16 == 0 for stride in (*others, other))
+        for one, other in ((row, column), (column, row))
     )
 
 

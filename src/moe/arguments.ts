@@ -4,7 +4,10 @@ import type { PyRef } from '../python/ref.js'
 export interface MoeForwardArguments {
   /** Shape [T, H]. */
   hiddenStates: PyRef
-  /** The router's choice in the model's numbering, -1 for none. Shape [T, K]; int32 or int64. */
+  /**
+   * The router's choice in the model's numbering, -1 for none. Shape [T, K]; int32 or int64. An id that is no expert's is
+   * reported with its place; over ranks, or with a part of the experts, the id told is the rank's own for it.
+   */
   topkIds: PyRef
   /** Shape [T, K]; float32 or the weights' dtype. */
   topkWeights: PyRef

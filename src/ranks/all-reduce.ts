@@ -5,6 +5,8 @@ import type { RankGroup } from './group.js'
 import { checkIds, type Plan, type Scheme } from './scheme.js'
 
 export interface AllReduceOptions {
+  /** The layer's number in the group. */
+  number: number
   chunks: number
   numExperts: number
   agreement: 'each-call' | 'none' | undefined
@@ -33,14 +35,10 @@ export class AllReduce implements Scheme {
     return {
       agree: () => {
         if (this.#options.agreement === 'none') return
-        this.#group.python.method('agree_on', tokens, axes.size('K')).dispose()
+        this.#group.python.method('agree_on', this.#options.number, axes.size('K'), tokens).dispose()
       },
       compute: () => this.#compute(args, tokens, hidden),
     }
-  }
-
-  refuse(message: string): void {
-    this.#group.python.method(this.#options.agreement === 'none' ? 'fail' : 'decline', message).dispose()
   }
 
   #compute(args: MoeForwardArguments, tokens: number, hidden: number): PyRef {

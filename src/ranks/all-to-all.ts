@@ -8,6 +8,16 @@ import { startPython } from '../python/start.js'
 import type { RankGroup } from './group.js'
 import { checkIds, type Plan, type Scheme } from './scheme.js'
 
+export interface AllToAllOptions {
+  /** The layer's number in the group. */
+  number: number
+  chunks: number
+  /** The ranks' first experts, and the number of all. */
+  starts: number[]
+  /** Of the layer. */
+  options: MoeLayerOptions
+}
+
 /**
  * Every rank has tokens of its own and sends them to the ranks of their experts; these send back weighted sums. One
  * chunk of tokens is under way while the experts work on another. python/epmoe/dispatch.py says what travels.
@@ -22,8 +32,8 @@ export class AllToAll implements Scheme {
   readonly #int32: PyRef
   readonly #int64: PyRef
 
-  /** `starts` are the ranks' first experts, and the number of all. The layer's experts are counted from 0. */
-  constructor(group: RankGroup, layer: MoeLayer, chunks: number, starts: number[], options: MoeLayerOptions) {
+  /** The layer's experts are counted from 0. */
+  constructor(group: RankGroup, layer: MoeLayer, { number, chunks, starts, options }: AllToAllOptions) {
     this.#group = group
     this.#layer = layer
     this.#chunks = chunks
@@ -33,7 +43,7 @@ export class AllToAll implements Scheme {
     using module = python.import('epmoe.dispatch')
     using torch = python.import('torch')
     using device = options.w13.get('device')
-    this.#route = module.method('Route', group.python, starts, chunks, device)
+    this.#route = module.method('Route', group.python, number, starts, chunks, device)
     this.#int32 = torch.get('int32')
     this.#int64 = torch.get('int64')
   }
@@ -61,10 +71,6 @@ export class AllToAll implements Scheme {
         for (const each of [exchange, src2dst, segIndptr]) each.dispose()
       },
     }
-  }
-
-  refuse(message: string): void {
-    this.#route.method('refuse', message).dispose()
   }
 
   dispose(): void {

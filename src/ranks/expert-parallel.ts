@@ -1,7 +1,7 @@
 import { describeValue, EpmoeError } from '../errors.js'
 import type { MoeForwardArguments } from '../moe/arguments.js'
-import { oneOf, onlyKnown } from '../moe/check.js'
-import { type MoeLayer, type MoeLayerOptions, moeLayer, weightAxes } from '../moe-layer.js'
+import { type Axes, oneOf, onlyKnown } from '../moe/check.js'
+import { layerAxes, type MoeLayer, type MoeLayerOptions, moeLayer, mostSegments } from '../moe-layer.js'
 import type { PyRef } from '../python/ref.js'
 import { AllReduce } from './all-reduce.js'
 import { AllToAll } from './all-to-all.js'
@@ -48,23 +48,29 @@ export class ExpertParallelLayer implements Disposable {
   /** The model's id of this rank's first expert. */
   readonly startExpertId: number
   readonly #group: RankGroup
+  /** Its number in the group, by which ranks know that they are in the same layer. */
+  readonly #number: number
+  readonly #agreement: ExpertParallelOptions['agreement']
   readonly #layer: MoeLayer
   readonly #scheme: Scheme & { dispose?(): void }
+  #disposed = false
 
   /** Made by expertParallel(). */
   constructor(options: ExpertParallelOptions) {
-    onlyKnown(options, optionNames, 'expertParallel')
-    const { group, scheme, chunks = 1, agreement, reduceIn, numExperts, ...weights } = options
+    const { group, scheme, chunks = 1, agreement, reduceIn, numExperts, ...weights } = options ?? {}
     if (!(group instanceof RankGroup)) throw wrong('group', 'the group that joinRanks() gave', group)
     const brought = inAgreement(group, () => {
+      onlyKnown(options, optionNames, 'expertParallel')
       if (!['all-reduce', 'all-to-all'].includes(scheme)) throw wrong('scheme', "'all-reduce' or 'all-to-all'", scheme)
       oneOf('agreement', agreement, ['each-call', 'none'], 'expertParallel')
       oneOf('reduceIn', reduceIn, ['float32', 'activations'], 'expertParallel')
-      if (!Number.isSafeInteger(chunks) || chunks < 1 || chunks > 64) throw wrong('chunks', '1 to 64', chunks)
-      const axes = weightAxes(weights)
-      if (axes.size('E') === 0) throw wrong('w13', 'at least one expert on every rank', 0)
-      const [hidden, experts] = [axes.size('H'), axes.size('E')]
-      return { hidden, experts, dtype: axes.dtype, scheme, chunks, agreement, reduceIn, numExperts }
+      const most = Math.min(64, Math.floor(mostSegments / group.size))
+      if (!Number.isSafeInteger(chunks) || chunks < 1 || chunks > most) throw wrong('chunks', `1 to ${most}`, chunks)
+      const axes = layerAxes(weights)
+      if (group.backend === 'nccl' && axes.device !== group.device) {
+        throw wrong('w13', `a tensor on ${group.device}, the rank's own GPU`, axes.device, 'ERR_DEVICE')
+      }
+      return broughtBy(options, axes)
     })
     const starts = [0]
     for (const { experts } of brought) starts.push(starts.at(-1)! + experts)
@@ -75,18 +81,21 @@ export class ExpertParallelLayer implements Disposable {
       throw wrong('numExperts', `${this.numExperts}, which the ranks hold (${parts})`, numExperts)
     }
     this.#group = group
-    if (scheme === 'all-reduce') {
-      this.#layer = moeLayer({ ...weights, startExpertId: this.startExpertId, numExperts: this.numExperts })
-      this.#scheme = new AllReduce(group, this.#layer, {
-        chunks,
-        numExperts: this.numExperts,
-        agreement,
-        reduceIn,
-      })
-    } else {
-      // The factor is applied once, to the sum of what the ranks send back.
-      this.#layer = moeLayer({ ...weights, routedScalingFactor: undefined })
-      this.#scheme = new AllToAll(group, this.#layer, chunks, starts, weights)
+    this.#number = ++group.layers
+    this.#agreement = agreement
+    const own = { number: this.#number, chunks, numExperts: this.numExperts }
+    try {
+      if (scheme === 'all-reduce') {
+        this.#layer = moeLayer({ ...weights, startExpertId: this.startExpertId, numExperts: this.numExperts })
+        this.#scheme = new AllReduce(group, this.#layer, { ...own, agreement, reduceIn })
+      } else {
+        // The factor is applied once, to the sum of what the ranks send back.
+        this.#layer = moeLayer({ ...weights, routedScalingFactor: undefined })
+        this.#scheme = new AllToAll(group, this.#layer, { ...own, starts, options: weights })
+      }
+    } catch (error) {
+      fail(group, error)
+      throw error
     }
   }
 
@@ -94,9 +103,10 @@ export class ExpertParallelLayer implements Disposable {
    * The same as MoeLayer.forward(), over all ranks. `sharedOutput` and `residual` are added once, by all-reduce those of
    * rank 0.
    *
-   * A call that one rank cannot make is refused on all (ERR_RANK_REFUSED), and the next may follow. A rank that is dead,
-   * or does not come within the group's timeout, ends it for good: ERR_RANK_LOST and ERR_RANK_LATE name it. On CUDA,
-   * where the host need not wait for the end of a call, the process is ended with that message instead of hanging.
+   * A call that one rank cannot make is refused on all (ERR_RANK_REFUSED), and the next may follow; with `agreement:
+   * 'none'` it ends the group. So does a rank that is dead, or does not come within the group's timeout: ERR_RANK_LOST
+   * and ERR_RANK_LATE name it. On CUDA, where the host need not wait for the end of a call, the process is ended with
+   * that message instead of hanging.
    */
   forward(args: MoeForwardArguments): PyRef {
     return inOwnTerms(() => {
@@ -112,6 +122,8 @@ export class ExpertParallelLayer implements Disposable {
 
   /** Lets go of what the layer made; weights and group stay the caller's. */
   dispose(): void {
+    if (this.#disposed) return
+    this.#disposed = true
     this.#scheme.dispose?.()
     this.#layer.dispose()
   }
@@ -123,16 +135,35 @@ export class ExpertParallelLayer implements Disposable {
   #run(args: MoeForwardArguments): PyRef {
     let plan: Plan
     try {
+      if (this.#disposed) throw disposed()
       plan = this.#scheme.plan(args)
     } catch (error) {
-      refuse(this.#scheme, error)
+      this.#refuse(error)
       throw error
     }
     try {
-      plan.agree()
+      this.#agree(() => plan.agree())
       return this.#compute(plan)
     } finally {
       plan.dispose?.()
+    }
+  }
+
+  /** In place of a plan's agree(). The caller gets the error itself, whatever telling the others leads to. */
+  #refuse(error: unknown): void {
+    try {
+      if (this.#agreement === 'none') fail(this.#group, error)
+      else this.#agree(() => this.#group.python.method('decline', this.#number, messageOf(error)).dispose())
+    } catch {}
+  }
+
+  /** If it does not lead to the same on all ranks, they are out of step. */
+  #agree(work: () => void): void {
+    try {
+      work()
+    } catch (error) {
+      if (!onEveryRank.includes(codeOf(error))) fail(this.#group, error)
+      throw error
     }
   }
 
@@ -141,28 +172,45 @@ export class ExpertParallelLayer implements Disposable {
     try {
       return plan.compute()
     } catch (error) {
-      this.#group.python.method('fail', messageOf(error)).dispose()
+      fail(this.#group, error)
       throw error
     }
   }
 }
 
-/** The caller gets the error itself, whatever telling the others leads to. */
-function refuse(scheme: Scheme, error: unknown): void {
-  try {
-    scheme.refuse(messageOf(error))
-  } catch {}
+const onEveryRank = ['ERR_RANK_REFUSED', 'ERR_RANKS_DISAGREE']
+
+/** Ends the group, unless it has ended already: this rank cannot do what the others count on. */
+function fail(group: RankGroup, error: unknown): void {
+  group.python.method('fail', messageOf(error)).dispose()
 }
 
+/** What has to be the same on every rank, by option and in words, and what need not. */
 interface Brought {
-  hidden: number
   experts: number
-  dtype: string
-  scheme: string
-  chunks: number
-  agreement: string | undefined
-  reduceIn: string | undefined
-  numExperts: number | undefined
+  same: [argument: string, what: string, value: string | number][]
+}
+
+function broughtBy(options: ExpertParallelOptions, axes: Axes): Brought {
+  const { scheme, chunks = 1, agreement = 'each-call', reduceIn = 'float32', numExperts = 'none said' } = options
+  const { activation = 'silu', numerics = 'fp32', routedScalingFactor = 1, w13Bias, w2Bias } = options
+  return {
+    experts: axes.size('E'),
+    same: [
+      ['w13', 'hidden size', axes.size('H')],
+      ['w13', 'dtype', axes.dtype],
+      ['w13Bias', 'bias', w13Bias === undefined ? 'none' : 'one'],
+      ['w2Bias', 'bias', w2Bias === undefined ? 'none' : 'one'],
+      ['scheme', 'scheme', scheme],
+      ['chunks', 'number of chunks', chunks],
+      ['agreement', 'agreement', agreement],
+      ['reduceIn', 'reduceIn', reduceIn],
+      ['numExperts', 'number of experts', numExperts],
+      ['activation', 'activation', typeof activation === 'string' ? activation : 'a function'],
+      ['numerics', 'numerics', numerics],
+      ['routedScalingFactor', 'factor', routedScalingFactor],
+    ],
+  }
 }
 
 /** What every rank brings, compared; a rank whose own options are wrong tells the others so. */
@@ -175,7 +223,7 @@ function inAgreement(group: RankGroup, check: () => Brought): Brought[] {
     failure = error
     own = { error: messageOf(error) }
   }
-  const all = group.gather(own)
+  const all = group.gather('a layer', own)
   if (failure !== undefined) throw failure
   const failed = all.flatMap((each, rank) => ('error' in each ? [`rank ${rank}: ${each.error}`] : []))
   if (failed.length > 0) {
@@ -187,35 +235,42 @@ function inAgreement(group: RankGroup, check: () => Brought): Brought[] {
     })
   }
   const brought = all as Brought[]
-  same(brought, 'w13', 'hidden size', ({ hidden }) => hidden)
-  same(brought, 'w13', 'dtype', ({ dtype }) => dtype)
-  same(brought, 'scheme', 'scheme', ({ scheme }) => scheme)
-  same(brought, 'chunks', 'number of chunks', ({ chunks }) => chunks)
-  same(brought, 'agreement', 'agreement', ({ agreement }) => agreement ?? 'each-call')
-  same(brought, 'reduceIn', 'reduceIn', ({ reduceIn }) => reduceIn ?? 'float32')
-  same(brought, 'numExperts', 'number of experts', ({ numExperts }) => numExperts ?? 'none said')
+  for (const [i, [argument, what]] of brought[0]!.same.entries()) {
+    const values = brought.map(({ same }) => same[i]![2])
+    if (new Set(values).size === 1) continue
+    throw new EpmoeError({
+      code: 'ERR_RANKS_DISAGREE',
+      op: 'expertParallel',
+      argument,
+      expected: `the same ${what} on every rank`,
+      received: values.map((value, rank) => `rank ${rank} has ${value}`).join(', '),
+      hint: 'Every rank makes the layer with the same options and its own experts',
+    })
+  }
   return brought
-}
-
-function same(all: Brought[], argument: string, what: string, of: (each: Brought) => unknown): void {
-  if (new Set(all.map(of)).size === 1) return
-  throw new EpmoeError({
-    code: 'ERR_RANKS_DISAGREE',
-    op: 'expertParallel',
-    argument,
-    expected: `the same ${what} on every rank`,
-    received: all.map((each, rank) => `rank ${rank} has ${String(of(each))}`).join(', '),
-    hint: 'Every rank makes the layer with the same options and its own experts',
-  })
 }
 
 function messageOf(error: unknown): string {
   return error instanceof Error ? error.message : String(error)
 }
 
-function wrong(argument: string, expected: string, value: unknown): EpmoeError {
-  const received = describeValue(value)
-  return new EpmoeError({ code: 'ERR_VALUE', op: 'expertParallel', argument, expected, received })
+function disposed(): EpmoeError {
+  return new EpmoeError({
+    code: 'ERR_DISPOSED',
+    op: 'expertParallel',
+    expected: 'a live layer',
+    received: 'one that was disposed',
+    hint: 'Keep it until its last use, on every rank',
+  })
+}
+
+function codeOf(error: unknown): string {
+  const { cause } = error as Error
+  return cause instanceof EpmoeError ? cause.code : error instanceof EpmoeError ? error.code : ''
+}
+
+function wrong(argument: string, expected: string, value: unknown, code = 'ERR_VALUE'): EpmoeError {
+  return new EpmoeError({ code, op: 'expertParallel', argument, expected, received: describeValue(value) })
 }
 
 const optionNames = [

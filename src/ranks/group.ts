@@ -45,6 +45,8 @@ export class RankGroup implements Disposable {
   readonly device: Device
   /** @internal epmoe.distributed.RankGroup */
   readonly python: PyRef
+  /** @internal How many layers the ranks have made together. */
+  layers = 0
 
   /** Made by joinRanks(). */
   constructor(python: PyRef) {
@@ -81,13 +83,13 @@ export class RankGroup implements Disposable {
 
   /** Waits until every rank has called it. Through the job's store: milliseconds, not for the path of every token. */
   barrier(): void {
-    this.gather(null)
+    this.gather('a barrier', null)
   }
 
-  /** @internal Every rank's value, in their order. */
-  gather<Value>(value: Value): Value[] {
+  /** @internal Every rank's value, in their order; they have to meet for the same. */
+  gather<Value>(what: string, value: Value): Value[] {
     return inOwnTerms(() => {
-      using values = this.python.method('gather', value)
+      using values = this.python.method('gather', what, value)
       return values.toJS() as Value[]
     })
   }

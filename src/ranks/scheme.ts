@@ -8,8 +8,6 @@ import { Tensor } from '../tensor.js'
 export interface Scheme {
   /** What this rank does alone: checks, and whatever may fail without another rank's part in it. */
   plan(args: MoeForwardArguments): Plan
-  /** In place of a plan's agree(): tells the others that this rank has no plan. */
-  refuse(message: string): void
 }
 
 /** One call. */

@@ -4,6 +4,7 @@ Without a GPU, a recorder stands for CUDA: it runs torch's operations again, on 
 """
 
 import contextlib
+import gc
 import threading
 import unittest
 from typing import ClassVar
@@ -22,13 +23,21 @@ class Recorder(TorchDispatchMode):
     """torch.cuda.CUDAGraph, as far as it is needed."""
 
     broken = False
+    pool = None
 
     def capture_begin(self, pool, capture_error_mode):
         if pool in Cuda.recording:
             raise RuntimeError("already recording to mempool_id")
+        if Cuda.users.get(pool) == 0:
+            raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED: the pool was given up with its last graph")
         Cuda.recording.add(pool)
+        Cuda.users[pool] = Cuda.users.get(pool, 0) + 1
         self.calls, self.pool = [], pool
         self.__enter__()
+
+    def __del__(self):
+        if self.pool is not None:
+            Cuda.users[self.pool] -= 1
 
     def capture_end(self):
         self.__exit__(None, None, None)
@@ -41,6 +50,7 @@ class Recorder(TorchDispatchMode):
         self.calls.append((function, args, kwargs or {}, result))
         return result
 
+    @torch.inference_mode()  # a replay cares for no mode of torch's
     def replay(self):
         for function, args, kwargs, result in self.calls:
             again = function(*args, **kwargs)
@@ -52,6 +62,7 @@ class Cuda:
     """torch.cuda, as far as it is needed, with a stream for each thread."""
 
     recording: ClassVar[set] = set()
+    users: ClassVar[dict] = {}
     handles = 0
 
     class Stream:
@@ -220,6 +231,28 @@ class Graphs(unittest.TestCase):
         self.check(graphs, call(8))
         self.check(graphs, call(2))
         self.check(LayerGraphs(8, []), call(8))
+
+    def test_a_pool_outlives_no_graph(self):
+        """One that torch has given up must not be found again, whoever was about to capture into it."""
+        first, second = LayerGraphs(8, []), LayerGraphs(8, [])
+        self.check(first, call(8))
+
+        def body(*inputs):
+            raise ArithmeticError
+
+        with self.assertRaises(ArithmeticError):
+            self.forward(second, call(8), body=body)
+        del first
+        gc.collect()
+        self.check(second, call(8))
+        self.check(LayerGraphs(8, []), call(8))
+
+    def test_calls_in_and_out_of_inference_mode_share_a_graph(self):
+        graphs = LayerGraphs(8, [])
+        for mode in (True, False, True):
+            with torch.inference_mode(mode):
+                self.check(graphs, call(8))
+        self.assertEqual(self.captures, 1)
 
     @unittest.skipIf(REAL, "the recorder is told to fail")
     def test_a_capture_that_cuda_gives_up_is_told_and_others_go_on(self):

@@ -150,7 +150,7 @@ function measured(case_: Case, spoil: Spoil = {}, ranks = group): Sums {
   const { biases, activation, added } = case_
   const own = (y: PyRef) => evaluate('y[a:b]', { y, a: before, b: before + mine })
   const plain = (dtype?: string) => own(reference.method('plain', x, activation, biases, factor, added, dtype))
-  const parts = ranks.gather(ranks.expertRange(case_.experts)).map(({ start, end }) => [start, end])
+  const parts = ranks.gather('parts', ranks.expertRange(case_.experts)).map(({ start, end }) => [start, end])
   const attainable = [undefined, parts].flatMap((each) =>
     [...reference.method('attainable', x, activation, biases, factor, added, each)].map(own),
   )
@@ -238,9 +238,17 @@ function mistakes(): void {
     const cut = (x: PyRef) => evaluate('x[1:].contiguous()', { x })
     return { hiddenStates: cut(hiddenStates), topkIds: cut(topkIds), topkWeights: cut(topkWeights) }
   })
+  const noSlots = only(last, (call) => ({
+    ...call,
+    topkIds: evaluate('x[:, :0].contiguous()', { x: call.topkIds }),
+    topkWeights: evaluate('x[:, :0].contiguous()', { x: call.topkWeights }),
+  }))
   for (const scheme of ['all-reduce', 'all-to-all'] as const) {
     const case_ = { ...usual, scheme }
     attempt(`${scheme}: a wrong dtype on the last rank`, () => measured(case_, { call: wrongType }))
+    attempt(`${scheme}: no slots on the last rank`, () => measured(case_, { call: noSlots }))
+    attempt(`${scheme}: a disposed layer on the last rank`, () => disposedOnLast(case_))
+    attempt(`${scheme}: another layer on the last rank`, () => swappedOnLast(case_))
     if (device === 'cpu') attempt(`${scheme}: a wrong id on rank 0`, () => measured(case_, { call: wrongId }))
     attempt(`${scheme}: fewer slots on the last rank`, () => measured(case_, { call: fewerSlots }))
     if (scheme === 'all-reduce') attempt('fewer tokens on the last rank', () => measured(case_, { call: fewerTokens }))
@@ -273,6 +281,26 @@ function mistakes(): void {
     'no experts on the last rank',
     onLast(({ w13, w2 }) => ({ w13: evaluate('x[:0]', { x: w13 }), w2: evaluate('x[:0]', { x: w2 }) })),
   )
+  const others: Record<string, object> = {
+    activation: { activation: 'gelu' },
+    factor: { routedScalingFactor: 2 * factor },
+    bias: { w2Bias: whole(usual, 1).item('w2_bias').method('narrow', 0, 0, weightsOn(last)) },
+    numerics: { numerics: 'triton' },
+    'activation there is not': { activation: 'relu' },
+    'factor that is no number': { routedScalingFactor: Number.NaN },
+    'number of tokens for graphs': { cudaGraphTokens: -1 },
+    'option there is not': { topk: 2 },
+  }
+  for (const [what, options] of Object.entries(others)) {
+    attempt(
+      `another ${what} on the last rank`,
+      onLast(() => options),
+    )
+  }
+  attempt('a barrier on the last rank, where the others make a layer', () => {
+    if (rank === last) group.barrier()
+    else make((options) => options)()
+  })
   attempt(
     'experts that do not add up',
     make((options) => ({ ...options, numExperts: 12 })),
@@ -283,6 +311,26 @@ function mistakes(): void {
   )
   attempt('fewer experts than ranks', () => group.expertRange(size - 1))
   attempt('another world size', () => joinRanks({ worldSize: size + 1 }))
+}
+
+function weightsOn(of: number): number {
+  const [experts, before] = [usual.experts, (ranks: number) => ranks * Math.floor(usual.experts / size)]
+  return before(of + 1) - before(of) + Number(of < experts % size)
+}
+
+function disposedOnLast(case_: Case): void {
+  const x = whole(case_, 4)
+  using layer = expertParallel(optionsOf(case_, x))
+  if (rank === size - 1) layer.dispose()
+  layer.forward(callOf(case_, x, 0, 4))
+}
+
+function swappedOnLast(case_: Case): void {
+  const x = whole(case_, 4)
+  using first = expertParallel(optionsOf(case_, x))
+  using second = expertParallel(optionsOf(case_, x))
+  const own = rank === size - 1 ? second : first
+  own.forward(callOf(case_, x, 0, 4))
 }
 
 function attempt(name: string, work: () => unknown): void {

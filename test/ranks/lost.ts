@@ -29,6 +29,17 @@ if (group.rank === Number(victim)) {
   if (fate === 'ends early') process.exit(0)
   if (fate === 'throws') throw new RangeError('nobody catches this')
   if (fate === 'does not come') await new Promise((resolve) => setTimeout(resolve, 14_000))
+  // What the others wait for is not sent.
+  if (fate === 'cannot agree') {
+    const failing = python.eval('lambda *_: (_ for _ in ()).throw(MemoryError("no room for a head"))')
+    python.import('epmoe.distributed').set('_head', failing)
+    forward(layer)
+  }
+  // This rank counts a call that no other has made.
+  if (fate === 'misses a call') {
+    for (const step of ['enter', 'leave']) group.python.method(step).dispose()
+    forward(layer)
+  }
   if (fate === 'fails in the middle') {
     const failing = {
       activation: () => {
