@@ -1,8 +1,8 @@
 """A group of ranks on torch.distributed for expert parallelism: joining, agreeing, moving rows, and never hanging.
 
 torch.distributed does the communication: NCCL between GPUs, gloo between CPUs. What is added is that every wait ends:
-with the result, or within the timeout with an :class:`EpmoeError`. It names the rank to blame (``epmoe._watch``), unless
-all are in the call and alive and one is merely slow.
+with the result, or within the timeout with an :class:`EpmoeError`. It names the rank to blame (``epmoe._watch``) but
+where all are in the call and alive, and one is merely slow.
 """
 
 import atexit
