@@ -1,5 +1,6 @@
 import { type ChildProcess, spawn } from 'node:child_process'
 import { once } from 'node:events'
+import { type AddressInfo, createServer } from 'node:net'
 import { fileURLToPath } from 'node:url'
 import anyTest, { type ExecutionContext, type TestFn } from 'ava'
 import { until, whyNot } from './helpers/serve.js'
@@ -41,6 +42,15 @@ async function running(url: string): Promise<number> {
   return ((await (await fetch(`${url}/healthz`)).json()) as { running: number }).running
 }
 
+/** One that does not come to serve, and what it says. */
+async function failed(args: readonly string[]): Promise<{ code: number; output: string }> {
+  const child = spawn(process.execPath, [bin, 'serve', ...args])
+  let output = ''
+  child.stderr.on('data', (data: Buffer) => (output += data.toString()))
+  const [code] = (await once(child, 'close')) as [number]
+  return { code, output }
+}
+
 for (const signal of ['SIGTERM', 'SIGINT'] as const) {
   test(`${signal} finishes running requests, takes no more, and ends with 0`, async (t) => {
     const server = await epmoeServe(t, '--context', '600')
@@ -70,16 +80,27 @@ test('what is not done within the grace is given up, and said to be', async (t) 
   t.is(await server.ended, 0, server.output())
 })
 
+test('a port that is taken is said in one line, before the model is looked at', async (t) => {
+  const other = createServer().listen(0, '127.0.0.1')
+  t.teardown(() => other.close())
+  await once(other, 'listening')
+  const { port } = other.address() as AddressInfo
+  const { code, output } = await failed(['--port', `${port}`, '--model', 'nowhere'])
+  t.is(code, 2, output)
+  t.regex(output, /^epmoe: --host, --port: expected .* free port, received .*EADDRINUSE.*\n$/)
+})
+
 for (const [args, said] of [
   [['--model', 'nowhere'], /or a folder of a Hugging Face model/],
   [['--mode', 'fast'], /--mode: expected original, shadow, epmoe, received fast/],
   [['--slots', '0'], /--slots: expected a whole number from 1 on/],
+  [['--port', '70000'], /^epmoe: --port: expected a whole number from 0 to 65535, received 70000\n$/],
+  [['--device', 'gpu'], /^epmoe: --device: expected cpu, cuda, or cuda:0 and so on, received gpu\n$/],
+  // The address is looked at before the model is.
+  [['--model', 'nowhere', '--host', '192.0.2.1'], /^epmoe: --host, --port: expected an address of this machine .*\n$/],
 ] as const) {
   test(`wrong usage is code 2: epmoe serve ${args.join(' ')}`, async (t) => {
-    const child = spawn(process.execPath, [bin, 'serve', ...args])
-    let output = ''
-    child.stderr.on('data', (data: Buffer) => (output += data.toString()))
-    const [code] = (await once(child, 'close')) as [number]
+    const { code, output } = await failed(args)
     t.is(code, 2, output)
     t.regex(output, said)
   })

@@ -255,13 +255,14 @@ test('who leaves makes room: from the queue at once, from the batch before the n
   t.deepEqual(await Promise.all(gone), ['left', 'left', 'left'])
   t.is(server.metrics.totals.requests['cancelled'], 3)
   t.is(server.metrics.totals.passes, 1)
+  t.deepEqual(server.errors, [], 'that a client leaves is no failure')
 })
 
 test('an exception in the model ends the requests of its pass and no others', async (t) => {
   const server = await served(t, { slots: 2 })
   const before = await complete(server, 'Hello', { max_tokens: tokens })
   // The letter alone makes passes fail; the byte tokenizer gives it one token of its own.
-  const [fault] = await server.model.encode({ text: '#' })
+  const [fault] = (await server.model.encode({ text: '#' })) as number[]
   const faults = helpers().method('Faults', server.model.engine, fault)
   t.teardown(() => faults.method('remove'))
   const failed = await post(server, '/v1/completions', { model: server.name, prompt: 'a#b', max_tokens: 4 })

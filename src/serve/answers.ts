@@ -1,5 +1,6 @@
 import { randomUUID } from 'node:crypto'
 import type { Generation, Piece, TokenLogprob } from './generation.js'
+import type { ChatBody, CompletionBody } from './requests.js'
 
 /** The two kinds of completion differ in the form of their answers only. */
 export interface Form {
@@ -21,14 +22,18 @@ export function usageOf({ prompt, completionTokens }: Generation) {
   }
 }
 
-export function textForm(model: string, withLogprobs: boolean): Form {
-  const head = { id: `cmpl-${randomUUID()}`, object: 'text_completion', created: now(), model }
-  let offset = 0
-  const choice = (text: string, logprobs: TokenLogprob[], finish: string | null) => {
-    const told = withLogprobs ? textLogprobs(logprobs, offset) : null
-    offset += text.length
-    return [{ index: 0, text, logprobs: told, finish_reason: finish }]
-  }
+/** Chunks have the field as soon as it is asked for; whoever knows the usage writes over it. */
+function usageToCome({ stream_options }: CompletionBody | ChatBody) {
+  return stream_options?.include_usage === true ? { usage: null } : {}
+}
+
+export function textForm(model: string, body: CompletionBody): Form {
+  const id = `cmpl-${randomUUID()}`
+  const head = { id, object: 'text_completion', created: now(), model, ...usageToCome(body) }
+  const told = (logprobs: TokenLogprob[]) => (typeof body.logprobs === 'number' ? textLogprobs(logprobs) : null)
+  const choice = (text: string, logprobs: TokenLogprob[], finish: string | null) => [
+    { index: 0, text, logprobs: told(logprobs), finish_reason: finish },
+  ]
   return {
     whole: (text, logprobs, generation) => ({
       ...head,
@@ -42,9 +47,10 @@ export function textForm(model: string, withLogprobs: boolean): Form {
   }
 }
 
-export function chatForm(model: string, withLogprobs: boolean): Form {
+export function chatForm(model: string, body: ChatBody): Form {
+  const withLogprobs = body.logprobs === true
   const id = `chatcmpl-${randomUUID()}`
-  const chunk = { id, object: 'chat.completion.chunk', created: now(), model }
+  const chunk = { id, object: 'chat.completion.chunk', created: now(), model, ...usageToCome(body) }
   const told = (logprobs: TokenLogprob[]) => (withLogprobs ? { content: logprobs.map(chatLogprob) } : null)
   const choice = (delta: object, finish: string | null, logprobs: TokenLogprob[] = []) => [
     { index: 0, delta, logprobs: told(logprobs), finish_reason: finish },
@@ -79,8 +85,7 @@ function now(): number {
   return Math.floor(Date.now() / 1000)
 }
 
-function textLogprobs(logprobs: TokenLogprob[], offset: number) {
-  let place = offset
+function textLogprobs(logprobs: TokenLogprob[]) {
   return {
     tokens: logprobs.map((each) => each.token),
     token_logprobs: logprobs.map((each) => each.logprob),
@@ -88,15 +93,10 @@ function textLogprobs(logprobs: TokenLogprob[], offset: number) {
     top_logprobs: logprobs.map((each) =>
       Object.fromEntries(each.top.toReversed().map((one) => [one.token, one.logprob])),
     ),
-    text_offset: logprobs.map((each) => {
-      const here = place
-      place += each.token.length
-      return here
-    }),
+    text_offset: logprobs.map((each) => each.offset),
   }
 }
 
-function chatLogprob({ token, logprob, top }: TokenLogprob) {
-  const one = (each: { token: string; logprob: number }) => ({ ...each, bytes: [...Buffer.from(each.token)] })
-  return { ...one({ token, logprob }), top_logprobs: top.map(one) }
+function chatLogprob({ token, logprob, bytes, top }: TokenLogprob) {
+  return { token, logprob, bytes, top_logprobs: top }
 }

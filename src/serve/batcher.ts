@@ -21,6 +21,7 @@ interface Sequence {
 
 /** Room for one request, taken before its text is looked at. */
 export interface Place {
+  /** Throws Refusal when what is inside has been given up meanwhile. */
   start(prompt: number[], wish: Wish): Generation
   /** Gives the room back when nothing was started. */
   release(): void
@@ -53,6 +54,7 @@ export class Batcher {
   #meanSeconds = 1
   #running = false
   #draining = false
+  #abandoned = false
   #failures = 0
   #onIdle: (() => void)[] = []
 
@@ -96,6 +98,7 @@ export class Batcher {
     }
     return {
       start: (prompt, wish) => {
+        if (this.#abandoned) throw new Refusal('draining', 1)
         close()
         return this.#enter(prompt, wish)
       },
@@ -113,9 +116,10 @@ export class Batcher {
     while (this.#inside > 0 || this.#running) await new Promise<void>((resolve) => this.#onIdle.push(resolve))
   }
 
-  /** Gives up what is inside. */
+  /** Gives up what is inside, and what has a place once it comes to start. */
   abandon(): void {
     this.#draining = true
+    this.#abandoned = true
     for (const each of [...this.#waiting, ...this.#active.map((sequence) => sequence.generation)]) each.cancel()
   }
 

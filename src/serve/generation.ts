@@ -1,5 +1,5 @@
 import { Random } from '../parity/random.js'
-import type { TokenWish, Told } from './model.js'
+import type { Likely, TokenWish, Told } from './model.js'
 import { StopFilter } from './stop.js'
 
 /** What is asked for. */
@@ -15,10 +15,10 @@ export interface Wish {
   logprobs?: number | undefined
 }
 
-export interface TokenLogprob {
-  token: string
-  logprob: number
-  top: { token: string; logprob: number }[]
+export interface TokenLogprob extends Likely {
+  top: Likely[]
+  /** How much text was certain before it, in code points, as Python counts. */
+  offset: number
 }
 
 /** A piece of what is generated. */
@@ -45,6 +45,7 @@ export class Generation implements AsyncIterable<Piece> {
   readonly #random: Random | undefined
   readonly #onCancel: () => void
   #held = ''
+  #offset = 0
   #error: unknown
   #wake: () => void = () => undefined
 
@@ -89,7 +90,8 @@ export class Generation implements AsyncIterable<Piece> {
     this.completionTokens++
     this.#held = told.held
     const text = this.#filter.push(told.text)
-    const logprobs = told.logprob === undefined ? [] : [logprobOf(told)]
+    const logprobs = told.own === undefined ? [] : [{ ...told.own, top: told.top ?? [], offset: this.#offset }]
+    this.#offset += Array.from(told.text).length
     if (text !== '' || logprobs.length > 0) this.#pieces.push({ text, logprobs })
     if (this.#filter.hit) this.#end('stop')
     else if (this.completionTokens >= this.wish.maxTokens || room < 1) this.#close('length', told.held)
@@ -122,8 +124,4 @@ export class Generation implements AsyncIterable<Piece> {
     this.outcome = outcome
     this.#wake()
   }
-}
-
-function logprobOf({ piece = '', logprob = 0, top = [] }: Told): TokenLogprob {
-  return { token: piece, logprob, top: top.map((each) => ({ token: each.piece, logprob: each.logprob })) }
 }

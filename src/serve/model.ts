@@ -2,6 +2,7 @@ import { devices } from '../device.js'
 import { EpmoeError } from '../errors.js'
 import type { MoeForwardArguments } from '../moe/arguments.js'
 import { type MoeLayer, moeLayer } from '../moe-layer.js'
+import { job } from '../python/executor.js'
 import type { PyRef } from '../python/ref.js'
 import { startPython } from '../python/start.js'
 
@@ -70,15 +71,23 @@ export interface PassRow {
   wish?: TokenWish
 }
 
+/** A token and how likely it was. */
+export interface Likely {
+  token: string
+  logprob: number
+  /** Its own bytes, which may be part of a character; null where the tokenizer does not say. */
+  bytes: number[] | null
+}
+
 export interface Told {
   token: number
   /** What the token adds to the text for certain. */
   text: string
   /** What it would add if it were the last. */
   held: string
-  logprob?: number
-  piece?: string
-  top?: { piece: string; logprob: number }[]
+  /** Where alternatives were asked for: the token itself, and they. */
+  own?: Likely
+  top?: Likely[]
 }
 
 /** Blocks that were compared. */
@@ -157,10 +166,13 @@ export class ServedModel {
     return new ServedModel(engine, JSON.parse(facts.toJS() as string) as ModelFacts, { ...options, slots })
   }
 
-  /** Token ids of a text, or of messages by the model's chat template. */
-  async encode(input: { text: string } | { messages: Message[] }): Promise<number[]> {
-    using ids = await this.engine.methodAsync('encode', JSON.stringify(input))
-    return JSON.parse(ids.toJS() as string) as number[]
+  /**
+   * Token ids of a text, or of messages by the model's chat template; or at least how many they are, of a text so long
+   * that it is certain not to fit.
+   */
+  async encode(input: { text: string } | { messages: Message[] }, signal?: AbortSignal): Promise<number[] | number> {
+    using ids = await this.engine.methodAsync('encode', JSON.stringify(input), job({ signal }))
+    return JSON.parse(ids.toJS() as string) as number[] | number
   }
 
   /** One forward pass over rows of different sequences; one at a time. */

@@ -27,10 +27,15 @@ export interface ChatBody extends Common {
 }
 
 const maxAlternatives = 20
+/** Tokens of a text completion that asks for no number, as OpenAI has it. */
+const defaultTextTokens = 16
 const text = { type: 'string', minLength: 1, maxLength: 256 }
 const integer = (minimum: number, maximum: number) => ({ type: ['integer', 'null'], minimum, maximum })
 /** A parameter of OpenAI's that is not supported, but for the values that ask for nothing. */
 const only = (...values: unknown[]) => ({ enum: [...values, null] })
+/** `description` is what a client is told to be expected when it is none of these. */
+const anyOf = (description: string, ...schemas: object[]) => ({ description, anyOf: schemas })
+const nothing = { type: 'null' }
 
 const common = {
   model: { type: 'string', minLength: 1 },
@@ -38,7 +43,11 @@ const common = {
   temperature: { type: ['number', 'null'], minimum: 0, maximum: 2 },
   top_p: { type: ['number', 'null'], exclusiveMinimum: 0, maximum: 1 },
   seed: integer(Number.MIN_SAFE_INTEGER, Number.MAX_SAFE_INTEGER),
-  stop: { anyOf: [{ type: 'null' }, text, { type: 'array', items: text, maxItems: 4 }] },
+  stop: anyOf('a string of 1 to 256 characters, or a list of at most 4', nothing, text, {
+    type: 'array',
+    items: text,
+    maxItems: 4,
+  }),
   stream: { type: ['boolean', 'null'] },
   stream_options: {
     type: ['object', 'null'],
@@ -49,7 +58,7 @@ const common = {
   n: only(1),
   presence_penalty: only(0),
   frequency_penalty: only(0),
-  logit_bias: { anyOf: [{ type: 'null' }, { type: 'object', maxProperties: 0 }] },
+  logit_bias: anyOf('{}, as it is not supported', nothing, { type: 'object', maxProperties: 0 }),
 }
 
 /** JSON schemas of the bodies. What is not listed is refused by name. */
@@ -59,13 +68,12 @@ export const completionSchema = {
   additionalProperties: false,
   properties: {
     ...common,
-    prompt: {
-      anyOf: [
-        { type: 'string', minLength: 1 },
-        { type: 'array', items: { type: 'string', minLength: 1 }, minItems: 1, maxItems: 1 },
-        { type: 'array', items: { type: 'integer', minimum: 0 }, minItems: 1 },
-      ],
-    },
+    prompt: anyOf(
+      'a text, a list of one, or a list of tokens, none of them empty',
+      { type: 'string', minLength: 1 },
+      { type: 'array', items: { type: 'string', minLength: 1 }, minItems: 1, maxItems: 1 },
+      { type: 'array', items: { type: 'integer', minimum: 0 }, minItems: 1 },
+    ),
     logprobs: integer(0, maxAlternatives),
     best_of: only(1),
     echo: only(false),
@@ -88,33 +96,32 @@ export const chatSchema = {
         additionalProperties: false,
         properties: {
           role: { enum: ['system', 'developer', 'user', 'assistant'] },
-          content: {
-            anyOf: [
-              { type: 'string' },
-              {
-                type: 'array',
-                minItems: 1,
-                items: {
-                  type: 'object',
-                  required: ['type', 'text'],
-                  additionalProperties: false,
-                  properties: { type: { const: 'text' }, text: { type: 'string' } },
-                },
+          content: anyOf(
+            'a string, or a list of {"type": "text", "text": …}',
+            { type: 'string' },
+            {
+              type: 'array',
+              minItems: 1,
+              items: {
+                type: 'object',
+                required: ['type', 'text'],
+                additionalProperties: false,
+                properties: { type: { const: 'text' }, text: { type: 'string' } },
               },
-            ],
-          },
+            },
+          ),
         },
       },
     },
     max_completion_tokens: integer(1, Number.MAX_SAFE_INTEGER),
     logprobs: { type: ['boolean', 'null'] },
     top_logprobs: integer(0, maxAlternatives),
-    response_format: {
-      anyOf: [
-        { type: 'null' },
-        { type: 'object', properties: { type: { const: 'text' } }, required: ['type'], additionalProperties: false },
-      ],
-    },
+    response_format: anyOf('{"type": "text"}, as no other is supported', nothing, {
+      type: 'object',
+      properties: { type: { const: 'text' } },
+      required: ['type'],
+      additionalProperties: false,
+    }),
   },
 }
 
@@ -153,7 +160,7 @@ export function wishOf(body: CompletionBody | ChatBody): Omit<Wish, 'maxTokens'>
     temperature: body.temperature ?? 1,
     topP: body.top_p ?? 1,
     seed: body.seed ?? undefined,
-    stop: typeof body.stop === 'string' ? [body.stop] : (body.stop ?? []),
+    stop: (typeof body.stop === 'string' ? [body.stop] : (body.stop ?? [])).map(wellFormed),
     logprobs: alternatives(body),
   }
 }
@@ -166,26 +173,32 @@ function alternatives(body: CompletionBody | ChatBody): number | undefined {
   throw new ApiError(400, 'top_logprobs: set logprobs to true as well', 'top_logprobs')
 }
 
+/** How many tokens are asked for, and by which parameter. */
+function askedOf(body: CompletionBody | ChatBody): { asked: number | undefined; param: string } {
+  if ('prompt' in body) return { asked: body.max_tokens ?? defaultTextTokens, param: 'max_tokens' }
+  const param = typeof body.max_completion_tokens === 'number' ? 'max_completion_tokens' : 'max_tokens'
+  return { asked: body[param] ?? undefined, param }
+}
+
 /** How many tokens may come, within what the server and the model allow. */
-export function maxTokensOf(asked: number | undefined, prompt: number[], context: number, limit: number): number {
+export function maxTokensOf(body: CompletionBody | ChatBody, prompt: number[], context: number, limit: number): number {
+  const { asked, param } = askedOf(body)
   const room = context - prompt.length
   if (prompt.length === 0) throw new ApiError(400, 'the prompt has no tokens', 'prompt')
-  const beyond = room < 1 || (asked !== undefined && asked > room)
-  if (beyond) {
-    const sum = `${prompt.length} tokens of prompt and ${asked ?? 1} to generate`
-    throw new ApiError(
-      400,
-      `the model's context is ${context} tokens, received ${sum}`,
-      'max_tokens',
-      'context_length_exceeded',
-    )
-  }
+  if (room < 1 || (asked !== undefined && asked > room)) throw beyondContext(body, `${prompt.length}`, context)
   if (asked !== undefined && asked > limit) {
     throw new ApiError(
       400,
-      `max_tokens: expected ${limit} or fewer, which is this server's limit, received ${asked}`,
-      'max_tokens',
+      `${param}: expected ${limit} or fewer, which is this server's limit, received ${asked}`,
+      param,
     )
   }
   return Math.min(asked ?? Number.POSITIVE_INFINITY, room, limit)
+}
+
+export function beyondContext(body: CompletionBody | ChatBody, prompt: string, context: number): ApiError {
+  const { asked = 1, param } = askedOf(body)
+  const sum = `${prompt} tokens of prompt and ${asked} to generate`
+  const message = `the model's context is ${context} tokens, received ${sum}`
+  return new ApiError(400, message, param, 'context_length_exceeded')
 }

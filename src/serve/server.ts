@@ -1,11 +1,15 @@
-import type { AddressInfo } from 'node:net'
+import { once } from 'node:events'
+import type { ServerResponse } from 'node:http'
+import { type AddressInfo, createServer } from 'node:net'
 import { basename } from 'node:path'
 import { PassThrough, Readable } from 'node:stream'
 import { setTimeout } from 'node:timers/promises'
 import fastify, { type FastifyInstance, type FastifyReply, type FastifyRequest } from 'fastify'
+import { EpmoeError } from '../errors.js'
 import { chatForm, event, type Form, textForm } from './answers.js'
 import { Arrivals } from './arrivals.js'
 import { Batcher, type BatcherOptions, Refusal } from './batcher.js'
+import { Connections } from './connections.js'
 import type { Generation, Piece, TokenLogprob } from './generation.js'
 import { Live } from './live.js'
 import { Metrics, type RequestOutcome } from './metrics.js'
@@ -13,6 +17,7 @@ import { kernelMode, kernelModes, type ModelOptions, ServedModel } from './model
 import { page, pagePolicy } from './page.js'
 import { ApiError, problemOf } from './problems.js'
 import {
+  beyondContext,
   type ChatBody,
   type CompletionBody,
   chatInput,
@@ -37,12 +42,16 @@ export interface ServeOptions extends ModelOptions, BatcherOptions {
   tokenLimit?: number | undefined
   /** Called with what went wrong inside. Default: printed on stderr. */
   onError?: ((error: unknown) => void) | undefined
+  /** How long a client may take for its request. Default 30. @internal */
+  requestSeconds?: number | undefined
+  /** How long it may read nothing of an answer that is ready. Default 60. @internal */
+  unreadSeconds?: number | undefined
 }
 
-/** Tokens of a text completion that asks for no number, as OpenAI has it. */
-const defaultTextTokens = 16
 /** How long a client may take to read the rest of an answer when the server ends. */
 const flushSeconds = 5
+/** Milliseconds that a timer can wait for. */
+const longestTimer = 2 ** 31 - 1
 /** After so many failed forward passes in a row the server says that it is not healthy. */
 const tooManyFailures = 3
 
@@ -56,14 +65,16 @@ export class Server {
   readonly #live: Live
   readonly #arrivals: Arrivals
   readonly #options: ServeOptions
+  readonly #unreadTime: number
   readonly #watchers = new Set<PassThrough>()
-  readonly #answering = new Set<object>()
+  readonly #connections = new Connections()
   #closing: Promise<void> | undefined
 
   /** Made by serve(). */
   constructor(model: ServedModel, options: ServeOptions) {
     this.model = model
     this.#options = options
+    this.#unreadTime = (options.unreadSeconds ?? 60) * 1000
     this.name = options.name ?? basename(options.model ?? 'qwen3-moe')
     this.metrics = new Metrics(() => ({
       running: this.batcher.running,
@@ -73,13 +84,27 @@ export class Server {
     this.#arrivals = new Arrivals(this.metrics)
     this.batcher = new Batcher(model, this.metrics, options)
     this.#live = new Live(this.name, model, this.batcher, this.metrics)
+    // For a request's headers and body together; answers take as long as they take.
+    const requestTimeout = (options.requestSeconds ?? 30) * 1000
     this.#app = fastify({
       bodyLimit: options.bodyLimit ?? 1 << 20,
-      // A client has this long for its request; answers take as long as they take.
-      requestTimeout: 30_000,
+      requestTimeout,
+      // What Fastify sets later leaves 60 s for headers, and Node, which applies the longer one, to look every 30 s.
+      http: { requestTimeout, headersTimeout: requestTimeout, connectionsCheckingInterval: 1000 },
+      // Ends a connection on which nothing moves, but for clients that wait for us: see #start.
+      connectionTimeout: this.#unreadTime,
       forceCloseConnections: true,
+      frameworkErrors: (error, _, reply) => void this.#refuse(reply, error),
+      clientErrorHandler: (error, socket) => this.#connections.refuse(error, socket),
       ajv: {
-        customOptions: { coerceTypes: false, removeAdditional: false, useDefaults: false, allowUnionTypes: true },
+        // verbose: errors have the schema, whose description they tell.
+        customOptions: {
+          coerceTypes: false,
+          removeAdditional: false,
+          useDefaults: false,
+          allowUnionTypes: true,
+          verbose: true,
+        },
       },
     })
     this.#routes()
@@ -92,47 +117,44 @@ export class Server {
   }
 
   async listen(): Promise<void> {
-    await this.#app.listen({ host: this.#options.host ?? '127.0.0.1', port: this.#options.port ?? 8000 })
+    await this.#app.listen(addressOf(this.#options))
   }
 
   /**
    * Takes no more requests, finishes those that it has, and lets go of the model. After `graceSeconds` (default: no end)
-   * what is left is given up.
+   * what is left is given up. The forward pass under way then has `passSeconds`; if it does not end, the model stays
+   * and this rejects.
    */
-  close({ graceSeconds = Number.POSITIVE_INFINITY } = {}): Promise<void> {
-    this.#closing ??= this.#close(graceSeconds)
+  close({ graceSeconds = Number.POSITIVE_INFINITY, passSeconds = 30 } = {}): Promise<void> {
+    this.#closing ??= this.#close(graceSeconds, passSeconds)
     return this.#closing
   }
 
-  async #close(graceSeconds: number): Promise<void> {
+  async #close(graceSeconds: number, passSeconds: number): Promise<void> {
     const drained = this.batcher.drain()
-    if (Number.isFinite(graceSeconds)) {
-      const given = new AbortController()
-      const late = setTimeout(graceSeconds * 1000, undefined, { signal: given.signal }).then(
-        () => this.batcher.abandon(),
-        () => undefined,
-      )
-      await Promise.race([drained, late])
-      given.abort()
+    let ended = await within(drained, graceSeconds)
+    if (!ended) {
+      this.batcher.abandon()
+      ended = await within(drained, passSeconds)
     }
-    await drained
     for (const watcher of this.#watchers) watcher.end()
-    await this.#answersOut()
+    await this.#connections.flush(flushSeconds)
     await this.#app.close()
-    await this.model.close()
-  }
-
-  /** Waits for the last bytes of answers, but not for clients that do not read them. */
-  async #answersOut(): Promise<void> {
-    const deadline = performance.now() + flushSeconds * 1000
-    while (this.#answering.size > 0 && performance.now() < deadline) await setTimeout(10)
+    if (ended) return this.model.close()
+    throw new EpmoeError({
+      code: 'ERR_TIMEOUT',
+      op: 'close',
+      argument: 'passSeconds',
+      expected: `the model to be done within ${passSeconds} s`,
+      received: 'one still at work',
+      hint: 'End the process, or allow more',
+    })
   }
 
   #routes(): void {
     const app = this.#app
     app.addHook('onRequest', (_, { raw }, done) => {
-      this.#answering.add(raw)
-      raw.once('close', () => this.#answering.delete(raw))
+      this.#connections.add(raw)
       done()
     })
     app.setErrorHandler((error, _, reply) => this.#refuse(reply, error))
@@ -142,7 +164,8 @@ export class Server {
     app.get('/', (_, reply) =>
       reply.type('text/html; charset=utf-8').header('content-security-policy', pagePolicy).send(page),
     )
-    app.get('/events', (_, reply) => this.#watch(reply))
+    // A HEAD would never end.
+    app.get('/events', { exposeHeadRoute: false }, (_, reply) => this.#watch(reply))
     app.get('/healthz', (_, reply) => this.#health(reply))
     app.get('/metrics', async (_, reply) =>
       reply.type(this.metrics.registry.contentType).send(await this.metrics.registry.metrics()),
@@ -160,8 +183,9 @@ export class Server {
       return { mode: this.model.mode }
     })
     app.get('/v1/models', () => ({ object: 'list', data: [this.#described()] }))
-    app.get<{ Params: { id: string } }>('/v1/models/:id', (request) => {
-      this.#checkName(request.params.id)
+    // A name may have slashes.
+    app.get<{ Params: { '*': string } }>('/v1/models/*', (request) => {
+      this.#checkName(request.params['*'])
       return this.#described()
     })
     const onRequest = (_: FastifyRequest, { raw }: FastifyReply, done: () => void) => {
@@ -171,51 +195,54 @@ export class Server {
     const text = { onRequest, schema: { body: completionSchema } }
     app.post<{ Body: CompletionBody }>('/v1/completions', text, ({ body }, reply) => {
       const input = () => completionInput(body, this.model.facts)
-      const form = textForm(this.name, typeof body.logprobs === 'number')
-      return this.#complete(body, input, body.max_tokens ?? defaultTextTokens, form, reply)
+      const form = textForm(this.name, body)
+      return this.#complete(body, input, form, reply)
     })
     const chat = { onRequest, schema: { body: chatSchema } }
     app.post<{ Body: ChatBody }>('/v1/chat/completions', chat, ({ body }, reply) => {
       const input = () => chatInput(body, this.model.facts)
-      const asked = body.max_completion_tokens ?? body.max_tokens ?? undefined
-      return this.#complete(body, input, asked, chatForm(this.name, body.logprobs === true), reply)
+      return this.#complete(body, input, chatForm(this.name, body), reply)
     })
   }
 
   async #complete(
     body: CompletionBody | ChatBody,
     input: () => Input,
-    asked: number | undefined,
     form: Form,
     reply: FastifyReply,
   ): Promise<unknown> {
     this.#checkName(body.model)
-    const generation = await this.#start(body, input(), asked, reply)
+    const generation = await this.#start(body, input(), reply)
     if (body.stream !== true) return this.#whole(generation, form)
     const pieces = generation[Symbol.asyncIterator]()
     // An error before the first token still gets a status of its own.
     const first = await pieces.next()
+    checkPresence(reply.raw)
     const stream = Readable.from(this.#stream(first, pieces, generation, form, body.stream_options?.include_usage))
     return reply.header('content-type', 'text/event-stream').header('cache-control', 'no-cache').send(stream)
   }
 
-  async #start(
-    body: CompletionBody | ChatBody,
-    input: Input,
-    asked: number | undefined,
-    { raw }: FastifyReply,
-  ): Promise<Generation> {
+  async #start(body: CompletionBody | ChatBody, input: Input, { raw }: FastifyReply): Promise<Generation> {
     const { facts } = this.model
     const place = this.batcher.reserve()
+    let generation: Generation | undefined
+    raw.on('timeout', () => {
+      // Either the client waits for us, or we for the client to read.
+      if (generation?.outcome === undefined && !raw.writableEnded) raw.setTimeout(this.#unreadTime)
+      else raw.destroy()
+    })
     try {
-      const prompt = 'tokens' in input ? input.tokens : await this.model.encode(input)
+      const left = new AbortController()
+      raw.once('close', () => left.abort(new ApiError(400, 'the client has left')))
+      const prompt = 'tokens' in input ? input.tokens : await this.model.encode(input, left.signal)
+      if (typeof prompt === 'number') throw beyondContext(body, `at least ${prompt}`, facts.context)
       const limit = this.#options.tokenLimit ?? facts.context
-      const maxTokens = maxTokensOf(asked, prompt, facts.context, limit)
-      if (raw.destroyed) throw new ApiError(400, 'the client has left')
-      const generation = place.start(prompt, { ...wishOf(body), maxTokens })
+      const maxTokens = maxTokensOf(body, prompt, facts.context, limit)
+      checkPresence(raw)
+      generation = place.start(prompt, { ...wishOf(body), maxTokens })
       this.#arrivals.generating(raw)
       // When the connection ends after the answer, nobody takes notice any more.
-      raw.once('close', () => generation.cancel())
+      raw.once('close', () => generation?.cancel())
       return generation
     } finally {
       place.release()
@@ -289,7 +316,8 @@ export class Server {
   #refuse(reply: FastifyReply, error: unknown): FastifyReply {
     const { status, headers, body } = problemOf(error)
     this.#arrivals.settle(reply.raw, outcomeOf(status, error))
-    this.#report(error)
+    // A stream breaks when its client leaves, which is no failure.
+    if (!reply.raw.destroyed) this.#report(error)
     return reply.status(status).headers(headers).send(body)
   }
 
@@ -305,8 +333,34 @@ function outcomeOf(status: number, error: unknown): RequestOutcome {
   return status < 500 ? 'refused_invalid' : 'error'
 }
 
+function checkPresence(response: ServerResponse): void {
+  if (response.destroyed) throw new ApiError(400, 'the client has left')
+}
+
+function addressOf({ host = '127.0.0.1', port = 8000 }: ServeOptions): { host: string; port: number } {
+  return { host, port }
+}
+
+/** Rejects with Node's error when there is nothing to listen at. */
+async function tryAddress(options: ServeOptions): Promise<void> {
+  const probe = createServer().listen(addressOf(options))
+  await once(probe, 'listening')
+  probe.close()
+  await once(probe, 'close')
+}
+
+/** Whether a promise is fulfilled within so many seconds; more than a timer can wait for are no limit. */
+async function within(promise: Promise<void>, seconds: number): Promise<boolean> {
+  const fulfilled = promise.then(() => true)
+  if (seconds * 1000 > longestTimer) return fulfilled
+  const over = new AbortController()
+  const late = setTimeout(seconds * 1000, false, { signal: over.signal })
+  return Promise.race([fulfilled, late]).finally(() => over.abort())
+}
+
 /** Loads a model and serves it over HTTP, with OpenAI's completions. */
 export async function serve(options: ServeOptions = {}): Promise<Server> {
+  await tryAddress(options) // before the model is loaded, which takes longer
   const model = await ServedModel.load(options)
   const server = new Server(model, options)
   try {

@@ -57,6 +57,22 @@ def without(engine, text):
     engine.encode = failing
 
 
+class Encoding:
+    """Holds texts up before they are encoded, until it is opened, and keeps them."""
+
+    def __init__(self, engine):
+        self.event, self.requests = threading.Event(), []
+        self.encode, engine.encode = engine.encode, self._held
+
+    def _held(self, request):
+        self.requests.append(request)
+        self.event.wait()
+        return self.encode(request)
+
+    def open(self):
+        self.event.set()
+
+
 class Asked:
     """Counts the blocks that forward passes hand to Node."""
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import threading
 import unittest
 from unittest import mock
 
@@ -15,12 +16,15 @@ except ImportError:
 import torch
 
 if MISSING is None:
+    from tokenizers import Tokenizer, normalizers
+    from tokenizers.models import WordLevel
+
     from epmoe.serve import models, sampling
     from epmoe.serve.engine import Engine
     from epmoe.serve.experts import Experts, exact_experts
     from epmoe.serve.handoff import Handoff
     from epmoe.serve.slots import Row, SlotCache
-    from epmoe.serve.text import LONGEST_WAIT, Detokenizer
+    from epmoe.serve.text import LONGEST_WAIT, Detokenizer, bytes_of, most_bytes
 
 GREEDY = {"temperature": 0, "top_p": 1, "uniform": 0}
 
@@ -38,7 +42,12 @@ class Sequence:
 def passed(served, plan):
     """A pass that asks for nothing."""
     served.step(json.dumps(plan))
-    return json.loads(*served.take(wait=True))
+    return strict(*served.take(wait=True))
+
+
+def strict(text):
+    """JSON as JavaScript reads it."""
+    return json.loads(text, parse_constant=mock.Mock(side_effect=ValueError("no JSON")))
 
 
 def generate(served, prompts, count, chunk):
@@ -117,7 +126,7 @@ class Passes(unittest.TestCase):
             passed(served, {"mode": "original", "compared": False, "rows": [{**row, **place}]})
             for place in ({"slot": 0, "start": 20}, {"slot": 1, "start": 20}, {"slot": 0, "start": 19})
         ]
-        self.assertEqual(len({each["rows"][0]["logprob"] for each in told}), 3)
+        self.assertEqual(len({each["rows"][0]["own"]["logprob"] for each in told}), 3)
         served.close()
 
     def test_attention_keeps_no_plan_for_each_length(self):
@@ -147,6 +156,40 @@ class Passes(unittest.TestCase):
         served.close()
         with self.assertRaisesRegex(RuntimeError, "closed"):
             served.handoff.run(print)
+
+    def test_logits_that_are_no_numbers_fail_nobody(self):
+        served = engine("qwen3-moe")
+
+        def spoil(_model, _arguments, out):
+            out.logits[0, 0] = float("nan")
+            out.logits[0, 1, 1:] = -torch.inf
+
+        served.model.register_forward_hook(spoil)
+        wish = {**GREEDY, "first": True, "logprobs": 2}
+        rows = [{"slot": slot, "start": 0, "tokens": [7], "wish": wish} for slot in range(3)]
+        broken, certain, sound = passed(served, {"mode": "original", "compared": False, "rows": rows})["rows"]
+        self.assertEqual([each["logprob"] for each in broken["top"]], [sampling.UNLIKELY] * 2)
+        self.assertEqual([each["logprob"] for each in certain["top"]], [0, sampling.UNLIKELY])
+        self.assertTrue(-20 < sound["own"]["logprob"] < 0)
+        served.close()
+
+    def test_a_cache_too_large_is_refused_at_the_start(self):
+        with self.assertRaisesRegex(ValueError, f"slots, context: .* received {2**40} slots of 256 tokens"):
+            engine("qwen3-moe", slots=2**40)
+        self.assertNotIn("epmoe-serve", [each.name for each in threading.enumerate()])
+
+    def test_what_cannot_fit_is_not_encoded(self):
+        served = engine("qwen3-moe")
+        encoded = lambda request: json.loads(served.encode(json.dumps(request)))
+        # The longest token, a mark, is of 9 bytes.
+        self.assertEqual(encoded({"text": models.BEGIN * 256}), [256] * 256)
+        self.assertEqual(encoded({"text": models.BEGIN * 256 + "a"}), 257)
+        self.assertEqual(encoded({"text": "é" * 1200}), 267)
+        self.assertEqual(len(encoded({"text": "é" * 1100})), 2200)
+        message = lambda count: {"messages": [{"role": "user", "content": "a" * count}]}
+        self.assertEqual(encoded(message(2304)), 259)
+        self.assertEqual(len(encoded(message(200))), 200 + len("<|user|>\n\n<|assistant|>\n"))
+        served.close()
 
     def test_what_cannot_be_served_is_refused(self):
         with self.assertRaisesRegex(ValueError, "or a folder"):
@@ -200,6 +243,18 @@ class Sampling(unittest.TestCase):
         self.assertEqual(sampling.sample(logits, wishes), alone)
         self.assertNotEqual(logits.argmax(-1).tolist(), alone)
 
+    def test_numbers_that_float32_cannot_tell_from_0_or_1(self):
+        logits = torch.tensor([[5.0, 90.0, -300.0, 89.0], [-3.0, -2.0, -torch.inf, -4.0]])
+        for wish in (
+            {"temperature": 1e-40, "top_p": 1, "uniform": 0.999},
+            {"temperature": 5e-324, "top_p": 1, "uniform": 0.5},
+            {"temperature": 1, "top_p": 1e-60, "uniform": 0.5},
+            {"temperature": 0.01, "top_p": 0.5, "uniform": 1 - 2**-53},
+        ):
+            self.assertEqual(sampling.sample(logits, [wish] * 2), [1, 1], wish)
+        wish = {"temperature": 1e-20, "top_p": 1, "uniform": 0.5}
+        self.assertEqual(sampling.sample(logits * 1e30, [wish] * 2), [1, 1], "infinite once divided")
+
     def test_log_probabilities(self):
         own, top = sampling.log_probabilities(self.logits[0], 2, 2)
         expected = torch.log_softmax(self.logits[0], -1)
@@ -229,6 +284,26 @@ class Text(unittest.TestCase):
         tokens = [200] * 40
         told = [bool(piece) for piece, _ in self.pieces(tokens)]
         self.assertTrue(all(any(told[i : i + LONGEST_WAIT]) for i in range(len(told) - LONGEST_WAIT)))
+
+    def test_tokens_as_bytes(self):
+        tokenizer = models.byte_tokenizer()
+        text = "naïve 😀\n"
+        told = [byte for token in tokenizer(text).input_ids for byte in bytes_of(tokenizer, token)]
+        self.assertEqual(bytes(told), text.encode())
+        self.assertEqual(bytes(bytes_of(tokenizer, 257)), models.END.encode())
+        self.assertIsNone(bytes_of(tokenizer, 999))
+        words = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"é": 0}, unk_token="é")))
+        self.assertIsNone(bytes_of(words, 0))
+
+    def test_the_most_bytes_of_a_token(self):
+        tokenizer = models.byte_tokenizer()
+        self.assertEqual(most_bytes(tokenizer), len(models.BEGIN))
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+        bold = "\U0001d41a" * 300
+        self.assertEqual(tokenizer(bold).input_ids, tokenizer("a" * 300).input_ids)
+        self.assertGreaterEqual(most_bytes(tokenizer) * 300, len(bold.encode()))
+        words = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"für": 0, "a": 1}, "a")))
+        self.assertGreaterEqual(most_bytes(words), 4)
 
     def test_the_byte_tokenizer_knows_every_text(self):
         tokenizer = models.byte_tokenizer()
@@ -286,7 +361,9 @@ class Shadow(unittest.TestCase):
         experts = Experts([fresh], lambda request: spoil(type(fresh).forward(fresh, *request[1:])))
         experts.begin("shadow", True)
         served = fresh(self.hidden, self.ids, self.weights)
-        self.assertTrue(torch.equal(served, type(fresh).forward(fresh, self.hidden, self.ids, self.weights)))
+        original = type(fresh).forward(fresh, self.hidden, self.ids, self.weights)
+        self.assertTrue(torch.equal(served.nan_to_num(), original.nan_to_num()))
+        strict(json.dumps(experts.shadow))
         return {kind: count for kind, count in experts.shadow.items() if isinstance(count, int) and count}
 
     def test_float64_experts(self):
@@ -306,6 +383,18 @@ class Shadow(unittest.TestCase):
         for spoil in (torch.zeros_like, lambda out: out * (1 + 1e-6), lambda out: out.roll(1, 0)):
             self.assertEqual(self.verdict(spoil), {"worse": 1, "elements": 32 * 128})
         self.assertEqual(self.verdict(lambda out: out.masked_fill(out == out.max(), float("nan"))), {"worse": 1})
+
+    def test_where_the_original_overflows_nothing_is_said(self):
+        self.hidden[0] *= 1e25
+        exact = exact_experts(self.module, self.hidden, self.ids, self.weights)
+        self.assertTrue(exact.isfinite().all())
+        rest = {"elements": 31 * 128}
+        self.assertEqual(self.verdict(lambda out: out), {"close": 1, **rest})
+        self.assertEqual(self.verdict(lambda out: exact.float()), {"close": 1, **rest})
+        self.assertEqual(self.verdict(torch.zeros_like), {"worse": 1, **rest})
+        self.assertEqual(self.verdict(lambda out: out.index_fill(0, torch.tensor([5]), torch.inf)), {"worse": 1})
+        self.hidden[:] = self.hidden[0]
+        self.assertEqual(self.verdict(torch.zeros_like), {})
 
 
 if __name__ == "__main__":

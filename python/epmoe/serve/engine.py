@@ -9,7 +9,7 @@ from epmoe._executor import ring
 from epmoe.serve import models, sampling, slots
 from epmoe.serve.experts import Experts, elapsed, mark
 from epmoe.serve.handoff import Handoff
-from epmoe.serve.text import Detokenizer
+from epmoe.serve.text import Detokenizer, bytes_of, most_bytes
 
 __all__ = ["Engine"]
 
@@ -33,6 +33,18 @@ class Engine:
         self.experts = Experts(self.modules, self.handoff.ask)
         self.cache = slots.SlotCache(options["slots"], self.context)
         self._texts = {}
+        self._most_bytes = most_bytes(self.tokenizer)
+        try:
+            self._allocate()
+        except BaseException:
+            self.close()
+            raise
+
+    def _allocate(self):
+        """The cache is made by a pass, which knows its shapes: now, while there is nobody who would be let down."""
+        rows = [{"slot": 0, "start": 0, "tokens": [0]}]
+        self.step(json.dumps({"mode": "original", "compared": False, "rows": rows}))
+        self.take(wait=True)
 
     @contextlib.contextmanager
     def _context_of_passes(self):
@@ -67,14 +79,15 @@ class Engine:
         self.experts.graphs = graphs
 
     def encode(self, request):
-        """Token ids of a text, or of messages; JSON to JSON."""
+        """Token ids of a text, or of messages, or at least how many they are if that is too many; JSON to JSON."""
         request = json.loads(request)
-        if "text" in request:
-            ids = self.tokenizer(request["text"], verbose=False).input_ids
-        else:
+        text, options = request.get("text"), {}
+        if text is None:
             text = self.tokenizer.apply_chat_template(request["messages"], tokenize=False, add_generation_prompt=True)
-            ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return json.dumps(ids)
+            options["add_special_tokens"] = False
+        # A text far beyond the context would keep everybody else's waiting for nothing.
+        least = -(-len(text.encode()) // self._most_bytes)
+        return json.dumps(least if least > self.context else self.tokenizer(text, verbose=False, **options).input_ids)
 
     def step(self, plan):
         """One forward pass. ``plan`` is JSON: the mode, whether shadow compares, and rows.
@@ -134,7 +147,8 @@ class Engine:
                 "seconds": elapsed(begin, end),
                 "expert_seconds": self.experts.seconds(),
                 "shadow": self.experts.shadow,
-            }
+            },
+            allow_nan=False,
         )
 
     def _told(self, row, logits, token):
@@ -145,7 +159,9 @@ class Engine:
         result = {"token": token, "text": text, "held": held}
         if wish.get("logprobs") is not None:
             own, top = sampling.log_probabilities(logits.float(), token, wish["logprobs"])
-            result["logprob"] = own
-            result["piece"] = self.tokenizer.decode([token])
-            result["top"] = [{"piece": self.tokenizer.decode([each]), "logprob": value} for each, value in top]
+            result["own"] = self._likely(token, own)
+            result["top"] = [self._likely(*each) for each in top]
         return result
+
+    def _likely(self, token, logprob):
+        return {"token": self.tokenizer.decode([token]), "logprob": logprob, "bytes": bytes_of(self.tokenizer, token)}

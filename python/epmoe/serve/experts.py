@@ -74,13 +74,17 @@ class Experts:
 
         The golden tier, an error no worse than the original's own, is a statement on many elements: the squares are
         summed up for it. Of a single block, which may be one token, the ratio of two errors varies by chance; beyond
-        ``WORSE`` it does not.
+        ``WORSE`` it does not. Elements in which the original overflows have nothing to compare with.
         """
         if torch.equal(original, other):
             self.shadow["identical"] += 1
             return
         exact = exact_experts(module, hidden, ids, weights)
-        own, others = ((each.double() - exact).norm().item() for each in (original, other))
+        told = exact.isfinite() & original.isfinite()
+        if not told.any():
+            return
+        exact = exact[told]
+        own, others = ((each[told].double() - exact).norm().item() for each in (original, other))
         self.shadow["close" if others <= WORSE * own else "worse"] += 1  # a NaN is worse
         size = exact.norm().item()
         if math.isfinite(others) and size > 0:

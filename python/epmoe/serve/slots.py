@@ -86,14 +86,22 @@ class SlotCache:
     def update(self, keys, values, layer, *_, **__):
         """Stores a layer's new keys and values, [1, heads, N, width]; attention reads them by :meth:`read`."""
         if layer not in self._layers:
-            self._layers[layer] = tuple(
-                # Zeros, for what lies behind a sequence's end is multiplied by a probability of zero.
-                each.new_zeros(self._slots, each.shape[1], self._context, each.shape[3])
-                for each in (keys, values)
-            )
+            self._layers[layer] = tuple(self._store(each) for each in (keys, values))
         for store, new in zip(self._layers[layer], (keys, values), strict=True):
             store[self._slot_of_token, :, self._position_of_token] = new[0].transpose(0, 1)
         return keys, values
+
+    def _store(self, like):
+        heads, width = like.shape[1], like.shape[3]
+        try:
+            # Zeros, for what lies behind a sequence's end is multiplied by a probability of zero.
+            return like.new_zeros(self._slots, heads, self._context, width)
+        except RuntimeError as error:
+            size = self._slots * self._context * heads * width * like.element_size() / 2**30
+            raise ValueError(
+                f"slots, context: expected a cache that fits the memory of {like.device}, received {self._slots} slots "
+                f"of {self._context} tokens, {size:.1f} GiB for one layer's keys alone; ask for fewer or shorter ones"
+            ) from error
 
     def get_seq_length(self, *_):
         return 0

@@ -36,7 +36,7 @@ const verb: Verb = {
       )
       .option('--name <name>', 'what clients call it; default: its name, or its folder’s')
       .option('--host <address>', 'there is no authentication: think before opening it', '127.0.0.1')
-      .option('--port <number>', '0 takes a free one', whole('--port', 0), 8000)
+      .option('--port <number>', '0 takes a free one', whole('--port', 0, 65535), 8000)
       .option(
         '--mode <mode>',
         'who computes the experts: original, shadow, epmoe',
@@ -54,7 +54,7 @@ const verb: Verb = {
         'on CUDA, replay blocks of passes with at most so many tokens; default: as many as slots',
         whole('--cuda-graph-tokens', 0),
       )
-      .option('--device <name>', 'cpu, cuda:0, …; default: the first GPU, or cpu')
+      .option('--device <name>', 'cpu, cuda:0, …; default: the first GPU, or cpu', device)
       .option(
         '--dtype <name>',
         'float32, bfloat16, float16; default: the model’s',
@@ -88,8 +88,12 @@ const verb: Verb = {
     // What only this verb needs is loaded here, so that the others start without.
     const { serve } = await import('../../serve/index.js')
     const server = await serve(options).catch((error: unknown) => {
-      const wrong = error instanceof PythonError && error.pythonType === 'ValueError'
-      throw wrong ? new EpmoeError({ code: 'ERR_USAGE', received: error.pythonMessage }, { cause: error }) : error
+      if (error instanceof PythonError && error.pythonType === 'ValueError')
+        throw new EpmoeError({ code: 'ERR_USAGE', received: error.pythonMessage }, { cause: error })
+      const { syscall, message } = error as NodeJS.ErrnoException
+      if (syscall === 'listen' || syscall === 'getaddrinfo')
+        throw usageError('--host, --port', 'an address of this machine with a free port', message)
+      throw error
     })
     const { facts } = server.model
     console.log(
@@ -98,7 +102,10 @@ const verb: Verb = {
     )
     await told()
     console.error(`finishing ${server.batcher.running + server.batcher.waiting} requests, for ${grace} s at most`)
-    await server.close({ graceSeconds: grace })
+    await server.close({ graceSeconds: grace }).catch((error: Error) => {
+      console.error(`epmoe: ${error.message}`)
+      process.exit(exitCodes.failed) // what does not end would keep the process
+    })
     return exitCodes.passed
   },
 }
@@ -117,12 +124,21 @@ function told(): Promise<void> {
 
 const signals = ['SIGINT', 'SIGTERM'] as const
 
-function whole(option: string, least: number) {
+function whole(option: string, least: number, most = Number.MAX_SAFE_INTEGER) {
   return (text: string): number => {
     const value = Number(text)
-    if (/^\d+$/.test(text) && Number.isSafeInteger(value) && value >= least) return value
-    throw usageError(option, `a whole number from ${least} on`, text)
+    if (/^\d+$/.test(text) && value >= least && value <= most) return value
+    throw usageError(
+      option,
+      `a whole number from ${least} ${most < Number.MAX_SAFE_INTEGER ? `to ${most}` : 'on'}`,
+      text,
+    )
   }
+}
+
+function device(text: string): string {
+  if (/^(cpu|cuda(:\d{1,4})?)$/.test(text)) return text
+  throw usageError('--device', 'cpu, cuda, or cuda:0 and so on', text)
 }
 
 function oneOf(option: string, names: readonly string[]) {
