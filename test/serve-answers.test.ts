@@ -1,4 +1,5 @@
 import anyTest, { type ExecutionContext, type TestFn } from 'ava'
+import { startPython } from 'epmoe'
 import { textForm } from '../src/serve/answers.js'
 import { Generation } from '../src/serve/generation.js'
 import type { Server } from '../src/serve/server.js'
@@ -125,6 +126,21 @@ test('a token that is part of a character has its bytes told', async (t) => {
   for (const { token, bytes } of all) t.is(Buffer.from(bytes).toString(), token)
   const parts = new Set(all.filter(({ token }) => token === '\ufffd').map(({ bytes }) => bytes.join()))
   t.true(parts.size > 10, [...parts].join(' '))
+})
+
+test('whoever has a place may have a text, however short Python’s queue was', async (t) => {
+  const python = startPython()
+  const limit = python.queueLimit
+  python.queueLimit = 1
+  t.teardown(() => (python.queueLimit = limit))
+  const server = await served(t, { slots: 1, queue: 3 })
+  const encoding = helpers().method('Encoding', server.model.engine)
+  t.teardown(() => encoding.method('open'))
+  const asked = ['a', 'b', 'c', 'd'].map((prompt) => complete(server, prompt, { max_tokens: 1 }))
+  await until(() => server.batcher.waiting === 4 || server.errors.length > 0)
+  encoding.method('open').dispose()
+  t.deepEqual(server.errors, [])
+  for (const { usage } of await Promise.all(asked)) t.is(usage.completion_tokens, 1)
 })
 
 test('who leaves while others are encoded makes room at once, and is not encoded', async (t) => {

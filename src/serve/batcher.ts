@@ -44,7 +44,8 @@ export class Refusal extends Error {
 export class Batcher {
   readonly #model: ServedModel
   readonly #metrics: Metrics
-  readonly #queueLimit: number
+  /** Requests that may be inside, in slots and waiting for one. */
+  readonly capacity: number
   readonly #batchTokens: number
   readonly #waiting: Generation[] = []
   readonly #active: Sequence[] = []
@@ -61,7 +62,7 @@ export class Batcher {
   constructor(model: ServedModel, metrics: Metrics, { queue = 64, batchTokens = 512 }: BatcherOptions = {}) {
     this.#model = model
     this.#metrics = metrics
-    this.#queueLimit = queue
+    this.capacity = model.slots + queue
     this.#batchTokens = Math.max(batchTokens, model.slots)
     this.#free = Array.from({ length: model.slots }, (_, slot) => slot)
   }
@@ -88,7 +89,7 @@ export class Batcher {
   /** Room for one more request; throws Refusal when there is none. */
   reserve(): Place {
     if (this.#draining) throw new Refusal('draining', 1)
-    const excess = this.#inside - this.#model.slots - this.#queueLimit
+    const excess = this.#inside - this.capacity
     if (excess >= 0) throw new Refusal('full', this.#retryAfter(excess + 1))
     this.#inside++
     let open = true

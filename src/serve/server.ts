@@ -6,6 +6,7 @@ import { PassThrough, Readable } from 'node:stream'
 import { setTimeout } from 'node:timers/promises'
 import fastify, { type FastifyInstance, type FastifyReply, type FastifyRequest } from 'fastify'
 import { EpmoeError } from '../errors.js'
+import { startPython } from '../python/start.js'
 import { chatForm, event, type Form, textForm } from './answers.js'
 import { Arrivals } from './arrivals.js'
 import { Batcher, type BatcherOptions, Refusal } from './batcher.js'
@@ -363,6 +364,9 @@ export async function serve(options: ServeOptions = {}): Promise<Server> {
   await tryAddress(options) // before the model is loaded, which takes longer
   const model = await ServedModel.load(options)
   const server = new Server(model, options)
+  // Every request inside may have a text to be encoded.
+  const python = startPython()
+  python.queueLimit = Math.max(python.queueLimit, server.batcher.capacity)
   try {
     await server.listen()
   } catch (error) {
