@@ -1,20 +1,10 @@
-import anyTest, { type ExecutionContext, type TestFn } from 'ava'
+import anyTest from 'ava'
 import { startPython } from 'epmoe'
 import { textForm } from '../src/serve/answers.js'
 import { Generation } from '../src/serve/generation.js'
 import type { Server } from '../src/serve/server.js'
-import { complete, helpers, post, start, until, whyNot } from './helpers/serve.js'
-
-const reason = whyNot()
-// One after the other: they share Python's thread.
-const test = (reason === undefined ? anyTest.serial : anyTest.skip) as TestFn
-if (reason !== undefined) anyTest(`no model is served: ${reason}`, (t) => t.pass())
-
-async function served(t: ExecutionContext, options: Parameters<typeof start>[0] = {}) {
-  const server = await start(options)
-  t.teardown(() => server.close())
-  return server
-}
+import { complete, helpers, post, until } from './helpers/serve.js'
+import { served, test } from './helpers/served.js'
 
 const messages = (content: string) => [{ role: 'user', content }]
 

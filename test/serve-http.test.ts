@@ -3,28 +3,11 @@ import { once } from 'node:events'
 import type { IncomingMessage, ServerResponse } from 'node:http'
 import { connect, type Socket } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
-import anyTest, { type ExecutionContext, type TestFn } from 'ava'
+import type { ExecutionContext } from 'ava'
 import type { PassResult, PassRow } from '../src/serve/model.js'
 import type { Server } from '../src/serve/server.js'
-import { complete, helpers, post, start, until, whyNot } from './helpers/serve.js'
-
-const reason = whyNot()
-// One after the other: they share Python's thread.
-const test = (reason === undefined ? anyTest.serial : anyTest.skip) as TestFn
-if (reason !== undefined) anyTest(`no model is served: ${reason}`, (t) => t.pass())
-
-async function served(t: ExecutionContext, options: Parameters<typeof start>[0] = {}) {
-  const server = await start(options)
-  t.teardown(() => server.close())
-  return server
-}
-
-function shutGate(t: ExecutionContext, server: Server) {
-  const gate = helpers().method('Gate', server.model.engine)
-  t.teardown(() => gate.method('remove'))
-  gate.method('shut').dispose()
-  return gate
-}
+import { complete, post, start, until } from './helpers/serve.js'
+import { served, shutGate, test } from './helpers/served.js'
 
 /** Every token is this text; for what depends on the text alone. */
 function says(server: Server, text: string): void {

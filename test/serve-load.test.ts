@@ -4,30 +4,13 @@ import { connect } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { setFlagsFromString } from 'node:v8'
 import { runInNewContext } from 'node:vm'
-import anyTest, { type ExecutionContext, type TestFn } from 'ava'
+import type { ExecutionContext } from 'ava'
 import { PythonError, stats } from 'epmoe'
 import { Random } from '../src/parity/random.js'
 import { kernelModes } from '../src/serve/model.js'
 import type { Server } from '../src/serve/server.js'
-import { type Completion, complete, helpers, metric, post, start, until, whyNot } from './helpers/serve.js'
-
-const reason = whyNot()
-// One after the other: they share Python's thread.
-const test = (reason === undefined ? anyTest.serial : anyTest.skip) as TestFn
-if (reason !== undefined) anyTest(`no model is served: ${reason}`, (t) => t.pass())
-
-async function served(t: ExecutionContext, options: Parameters<typeof start>[0] = {}) {
-  const server = await start(options)
-  t.teardown(() => server.close())
-  return server
-}
-
-function shutGate(t: ExecutionContext, server: Server) {
-  const gate = helpers().method('Gate', server.model.engine)
-  t.teardown(() => gate.method('remove'))
-  gate.method('shut').dispose()
-  return gate
-}
+import { type Completion, complete, helpers, metric, post, until } from './helpers/serve.js'
+import { served, shutGate, test } from './helpers/served.js'
 
 const tokens = 16
 

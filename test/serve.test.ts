@@ -1,7 +1,7 @@
 import { mkdtempSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import anyTest, { type ExecutionContext, type TestFn } from 'ava'
+import anyTest, { type ExecutionContext } from 'ava'
 import type { PyRef } from 'epmoe'
 import fc from 'fast-check'
 import OpenAI from 'openai'
@@ -10,21 +10,11 @@ import type { Server } from '../src/serve/server.js'
 import { StopFilter } from '../src/serve/stop.js'
 import { allowedError, allowedOverSamples, reference } from './helpers/golden.js'
 import { python, torchGpu, valueOf } from './helpers/python.js'
-import { complete, helpers, metric, post, start, until, whyNot } from './helpers/serve.js'
-
-const reason = whyNot()
-// One after the other: they share Python's thread.
-const test = (reason === undefined ? anyTest.serial : anyTest.skip) as TestFn
-if (reason !== undefined) anyTest(`no model is served: ${reason}`, (t) => t.pass())
+import { complete, helpers, metric, post, type start, until } from './helpers/serve.js'
+import { served, test } from './helpers/served.js'
 
 const models = ['qwen3-moe', 'mixtral']
 const prompts = ['Hello', 'a', 'The quick brown fox jumps over', '{"key": [1, 2, 3]}', 'Ünïcödé 😀', 'x'.repeat(90)]
-
-async function served(t: ExecutionContext, options: Parameters<typeof start>[0] = {}) {
-  const server = await start(options)
-  t.teardown(() => server.close())
-  return server
-}
 
 /** One whose grouped GEMM is off by so little that only a comparison tells. */
 async function spoiltServer(t: ExecutionContext, options: Parameters<typeof start>[0]) {
