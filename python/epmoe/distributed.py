@@ -92,13 +92,13 @@ class RankGroup:
             while missing := {rank for rank in missing if not self._store.check([f"{key}/{rank}"])}:
                 self._check_meeting(missing, deadline)
                 time.sleep(0.005)
-            all_ = [json.loads(self._store.get(f"{key}/{rank}")) for rank in range(self.size)]
+            told = [json.loads(self._store.get(f"{key}/{rank}")) for rank in range(self.size)]
             # Whoever has come to this meeting has read everything of the one before.
             self._store.delete_key(f"meeting-{self._meetings - 1}/{self.rank}")
         except dist.DistError as error:
             raise self._watch.diagnose(error) from error
-        self.must_be_same("", "step", [each[0] for each in all_])
-        return [each[1] for each in all_]
+        self.must_be_same("", "step", [each[0] for each in told])
+        return [each[1] for each in told]
 
     def _check_meeting(self, missing, deadline):
         # Not every lost rank is missing here, but who keeps the store need not be a rank of the group.
@@ -407,7 +407,7 @@ def _device(backend):
     return torch.device("cuda", local)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)  # more than models have layers, or each call would copy its own to the GPU
 def _head(size, able, layer, topk, unused, device):
     """[W, 3 + unused]: the part of an agreement's rows that a layer's calls have in common."""
     return torch.tensor([[able, layer, topk, *[0] * unused]], dtype=torch.int64, device=device).repeat(size, 1)

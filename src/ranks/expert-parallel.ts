@@ -160,9 +160,10 @@ export class ExpertParallelLayer implements Disposable {
   /** If it does not lead to the same on all ranks, they are out of step. */
   #agree(work: () => void): void {
     try {
-      work()
+      inOwnTerms(work)
     } catch (error) {
-      if (!onEveryRank.includes(codeOf(error))) fail(this.#group, error)
+      const alike = error instanceof EpmoeError && onEveryRank.includes(error.code)
+      if (!alike) fail(this.#group, error)
       throw error
     }
   }
@@ -262,11 +263,6 @@ function disposed(): EpmoeError {
     received: 'one that was disposed',
     hint: 'Keep it until its last use, on every rank',
   })
-}
-
-function codeOf(error: unknown): string {
-  const { cause } = error as Error
-  return cause instanceof EpmoeError ? cause.code : error instanceof EpmoeError ? error.code : ''
 }
 
 function wrong(argument: string, expected: string, value: unknown, code = 'ERR_VALUE'): EpmoeError {

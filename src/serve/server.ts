@@ -234,7 +234,11 @@ export class Server {
     })
     try {
       const left = new AbortController()
-      raw.once('close', () => left.abort(new ApiError(400, 'the client has left')))
+      // When the connection ends after the answer, nobody takes notice any more.
+      raw.once('close', () => {
+        left.abort(new ApiError(400, 'the client has left'))
+        generation?.cancel()
+      })
       const prompt = 'tokens' in input ? input.tokens : await this.model.encode(input, left.signal)
       if (typeof prompt === 'number') throw beyondContext(body, `at least ${prompt}`, facts.context)
       const limit = this.#options.tokenLimit ?? facts.context
@@ -242,8 +246,6 @@ export class Server {
       checkPresence(raw)
       generation = place.start(prompt, { ...wishOf(body), maxTokens })
       this.#arrivals.generating(raw)
-      // When the connection ends after the answer, nobody takes notice any more.
-      raw.once('close', () => generation?.cancel())
       return generation
     } finally {
       place.release()

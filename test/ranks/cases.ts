@@ -281,10 +281,16 @@ function mistakes(): void {
     'no experts on the last rank',
     onLast(({ w13, w2 }) => ({ w13: evaluate('x[:0]', { x: w13 }), w2: evaluate('x[:0]', { x: w2 }) })),
   )
+  // As many as there are experts on this rank; the last one's alone matter.
+  const own = group.expertRange(usual.experts)
   const others: Record<string, object> = {
     activation: { activation: 'gelu' },
     factor: { routedScalingFactor: 2 * factor },
-    bias: { w2Bias: whole(usual, 1).item('w2_bias').method('narrow', 0, 0, weightsOn(last)) },
+    bias: {
+      w2Bias: whole(usual, 1)
+        .item('w2_bias')
+        .method('narrow', 0, 0, own.end - own.start),
+    },
     numerics: { numerics: 'triton' },
     'activation there is not': { activation: 'relu' },
     'factor that is no number': { routedScalingFactor: Number.NaN },
@@ -311,11 +317,6 @@ function mistakes(): void {
   )
   attempt('fewer experts than ranks', () => group.expertRange(size - 1))
   attempt('another world size', () => joinRanks({ worldSize: size + 1 }))
-}
-
-function weightsOn(of: number): number {
-  const [experts, before] = [usual.experts, (ranks: number) => ranks * Math.floor(usual.experts / size)]
-  return before(of + 1) - before(of) + Number(of < experts % size)
 }
 
 function disposedOnLast(case_: Case): void {
